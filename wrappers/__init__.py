@@ -1,0 +1,1 @@
+"""How what is seen changes: pixels from a simulator's picture, and the distractions upon it."""
