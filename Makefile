@@ -1,0 +1,58 @@
+# Everything runs in .venv; `make demo` and `make test` set it up on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.sightline-installed
+
+.PHONY: help setup gl demo test test-all lint format speed clean
+
+help:
+	@echo "make demo      train SGQN on cartpole-swingup from pixels, evaluate under distractions, open the report"
+	@echo "make test      the tests (minutes)"
+	@echo "make test-all  slow learning and resume tests too"
+	@echo "make lint      ruff, mypy, import-linter"
+	@echo "make speed     benchmark tables of every hot path"
+	@echo "make setup     only install: virtual environment, pinned packages, GL check"
+
+setup: $(STAMP) gl
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sightline needs Python 3.11 or newer; run make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# A headless GL backend: EGL, else OSMesa; where neither is there, install Mesa's, or say what to install.
+gl: $(STAMP)
+	@$(BIN)/python -m envs.rendering || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing Mesa's software GL"; \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends libegl1 libgl1 libgl1-mesa-dri libosmesa6; \
+	  fi; \
+	  $(BIN)/python -m envs.rendering; }
+
+demo: setup
+	$(BIN)/python -m experiments.demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+speed: setup
+	$(BIN)/python -m experiments.speed
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

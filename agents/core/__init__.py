@@ -1,0 +1,1 @@
+"""What every agent family shares; knows no task and no algorithm by name."""

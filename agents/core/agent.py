@@ -1,0 +1,159 @@
+"""The Agent interface: `act`, `update`, and a state tree without pickle.
+
+An agent owns its networks, optimisers and random generators, and nothing else: no environment, no logger, no clock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agents.core.errors import UserError
+from agents.core.replay import Batch
+
+Observation = Mapping[str, Tensor]
+"""`pixels` uint8 [B, 3*k, H, W] (RGB of the oldest frame first) and / or `state` float32 [B, D]."""
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """How an agent wants its batches."""
+
+    batch_size: int
+    n_step: int
+    discount: float
+
+
+class Agent(ABC):
+    """What the loops and `Policy` ask of every agent.
+
+    Subclasses register what must be saved: networks as attributes in `networks()`, optimisers in `optimizers()`;
+    everything else that changes goes through `extra_state` / `load_extra_state`.
+    """
+
+    generator: torch.Generator
+    replay_settings: ReplaySettings
+
+    @abstractmethod
+    def act(
+        self, observation: Observation, state: Any = None, *, explore: bool
+    ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
+        """Choose actions for a batch of observations.
+
+        Args:
+            observation: batched, see `Observation`.
+            state: what the previous call returned, for recurrent and planning agents; None at an episode's start.
+            explore: sample with the training noise; otherwise act greedily.
+
+        Returns:
+            Actions in [-1, 1], float32 [B, A] (or int64 [B]); the next state; extras to store with the step.
+        """
+
+    @abstractmethod
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """Take one gradient step on every loss that is due; return 0-d detached metrics under fixed names."""
+
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the modules to save, by name."""
+
+    @abstractmethod
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimisers to save, by name."""
+
+    def set_progress(self, agent_steps: int) -> None:  # noqa: B027 - most agents have no schedule
+        """Tell schedules how far training is; called by the loop before it acts."""
+
+    def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
+        """Return pictures for the log (uint8 [H, W, 3] by name): what the agent sees and looks at."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return further state (counters, random generators of methods), as a tree."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - nothing to load by default
+        """Restore what `extra_state` returned."""
+
+    def state_dict(self, *, weights_only: bool = False) -> dict[str, Any]:
+        """Return everything needed to go on exactly, or the weights alone.
+
+        Args:
+            weights_only: leave out optimisers, generators and counters (for `best` checkpoints).
+        """
+        tree: dict[str, Any] = {
+            "networks": {name: net.state_dict() for name, net in self.networks().items()}
+        }
+        if not weights_only:
+            tree["optimizers"] = {
+                name: _optimizer_tree(optimizer) for name, optimizer in self.optimizers().items()
+            }
+            tree["generator"] = self.generator.get_state()
+            tree["extra"] = self.extra_state()
+        return tree
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            UserError: names or shapes differ; the message says which.
+        """
+        networks = self.networks()
+        _check_names("network", set(tree["networks"]), set(networks))
+        for name, net in networks.items():
+            _load_module(name, net, tree["networks"][name])
+        if "optimizers" in tree:
+            _check_names("optimizer", set(tree["optimizers"]), set(self.optimizers()))
+            for name, optimizer in self.optimizers().items():
+                _load_optimizer(optimizer, tree["optimizers"][name])
+            self.generator.set_state(tree["generator"].cpu())
+            self.load_extra_state(tree["extra"])
+
+
+def as_observation(observation: Any, device: torch.device) -> dict[str, Tensor]:
+    """Turn an environment's observation batch (array or Dict of arrays) into an `Observation` on `device`.
+
+    A four-dimensional array is taken for pixels, any other for a state.
+    """
+    if not isinstance(observation, Mapping):
+        array = np.asarray(observation)
+        observation = {"pixels" if array.ndim == 4 else "state": array}
+    return {key: torch.as_tensor(value).to(device) for key, value in observation.items()}
+
+
+def _check_names(kind: str, given: set[str], expected: set[str]) -> None:
+    if given != expected:
+        raise UserError(
+            f"the checkpoint holds the {kind}s {sorted(given)}, this agent has {sorted(expected)}; "
+            "it was saved by another agent: load it with the agent that config.json names"
+        )
+
+
+def _load_module(name: str, net: nn.Module, saved: dict[str, Tensor]) -> None:
+    own = net.state_dict()
+    _check_names(f"{name} tensor", set(saved), set(own))
+    for key, value in own.items():
+        if value.shape != saved[key].shape:
+            raise UserError(
+                f"tensor {name}.{key} is {tuple(saved[key].shape)} in the checkpoint and "
+                f"{tuple(value.shape)} here; use the settings that config.json holds"
+            )
+    net.load_state_dict(saved)
+
+
+def _optimizer_tree(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimiser's per-parameter tensors under string keys; the settings stand in the config."""
+    state = optimizer.state_dict()["state"]
+    return {str(index): dict(values) for index, values in state.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> None:
+    full = optimizer.state_dict()
+    full["state"] = {int(index): values for index, values in tree.items()}
+    optimizer.load_state_dict(full)

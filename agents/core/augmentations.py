@@ -1,0 +1,88 @@
+"""Image augmentations, batched on the device that holds the batch.
+
+Every function takes pixels in [0, 255], [B, 3*k, H, W] (k stacked RGB frames), and a `torch.Generator` on the same
+device, and treats the k frames of a sample alike. Sources stand at each function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from agents.core.overlays import OverlayImages
+
+WeakAugmentation = Literal["none", "shift", "crop"]
+StrongAugmentation = Literal["overlay", "convolution"]
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def random_shift(pixels: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Shift each sample by up to `pad` pixels, repeating the border (DrQ, https://arxiv.org/abs/2004.13649).
+
+    DrQ-v2 does the same with bilinear `grid_sample`; its shifts are whole pixels, so a gather is equal and exact.
+    """
+    b, _, h, w = pixels.shape
+    offsets = torch.randint(-pad, pad + 1, (2, b, 1), generator=generator, device=pixels.device)
+    rows = (torch.arange(h, device=pixels.device) + offsets[0]).clamp_(0, h - 1)
+    columns = (torch.arange(w, device=pixels.device) + offsets[1]).clamp_(0, w - 1)
+    return _take(pixels, rows, columns)
+
+
+def random_crop(pixels: Tensor, generator: torch.Generator, size: int) -> Tensor:
+    """Cut a random `size` x `size` window out of each sample (RAD, https://arxiv.org/abs/2004.14990).
+
+    Every offset can be drawn, the last one included (the benchmark code never draws it).
+    """
+    b, _, h, w = pixels.shape
+    top = torch.randint(0, h - size + 1, (b, 1), generator=generator, device=pixels.device)
+    left = torch.randint(0, w - size + 1, (b, 1), generator=generator, device=pixels.device)
+    window = torch.arange(size, device=pixels.device)
+    return _take(pixels, window + top, window + left)
+
+
+def center_crop(pixels: Tensor, size: int) -> Tensor:
+    """Cut the central `size` x `size` window: what a random-crop agent sees when it acts."""
+    h, w = pixels.shape[-2:]
+    top, left = (h - size) // 2, (w - size) // 2
+    return pixels[..., top : top + size, left : left + size]
+
+
+def random_convolution(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Pass every frame through one random 3x3 filter per sample (SVEA, https://arxiv.org/abs/2107.00644).
+
+    As in DMControl-GB: weights N(0, 1), replicated border, sigmoid of the response to pixels in [0, 1], times 255.
+    One grouped convolution serves the whole batch. Returns float32.
+    """
+    b, c, h, w = pixels.shape
+    k = c // 3
+    weights = torch.randn(b * 3, 3, 3, 3, generator=generator, device=pixels.device)
+    # Frames become the batch of a convolution whose groups are the samples.
+    frames = pixels.view(b, k, 3, h, w).transpose(0, 1).reshape(k, b * 3, h, w).float() / 255
+    padded = F.pad(frames, (1, 1, 1, 1), mode="replicate")
+    response = torch.sigmoid(F.conv2d(padded, weights, groups=b)) * 255
+    return response.view(k, b, 3, h, w).transpose(0, 1).reshape(b, c, h, w)
+
+
+def overlay(
+    pixels: Tensor, generator: torch.Generator, images: OverlayImages, alpha: float = 0.5
+) -> Tensor:
+    """Blend each sample with a random image: (1 - alpha) * pixels + alpha * image (SODA, SVEA's best for videos).
+
+    The same image lies over all frames of a sample. Returns float32.
+    """
+    b, c, h, w = pixels.shape
+    drawn = images.sample(b, (h, w), generator, pixels.device)
+    blended = pixels.view(b, c // 3, 3, h, w).float().mul_(1 - alpha)
+    return blended.add_(drawn.float()[:, None], alpha=alpha).view(b, c, h, w)
+
+
+def _take(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Gather rows [B, h] and columns [B, w] of each sample with one flat gather."""
+    b, c, _, w = pixels.shape
+    index = (rows[:, :, None] * w + columns[:, None, :]).view(b, 1, -1)
+    taken = pixels.flatten(2).gather(2, index.expand(b, c, index.shape[-1]))
+    return taken.view(b, c, rows.shape[1], columns.shape[1])

@@ -1,0 +1,139 @@
+"""What the rows of a store are made of, and where they are kept: on the device, in RAM, on disk."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from agents.core.errors import UserError
+
+Storage = Literal["auto", "device", "ram", "mmap"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """What one entry of a row looks like."""
+
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the field takes in one row."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def observation_boxes(space: gym.Space) -> dict[str, gym.spaces.Box]:
+    """Return the parts of an observation space by name; a lone Box is `pixels` or `state`."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = dict(space.spaces)
+    else:
+        parts = {"pixels" if is_image(space) else "state": space}
+    boxes = {}
+    for name, part in parts.items():
+        if not isinstance(part, gym.spaces.Box):
+            raise UserError(f"the replay stores Box observations; '{name}' is {part}")
+        boxes[name] = part
+    return boxes
+
+
+def is_image(space: gym.Space) -> bool:
+    """Return whether a space holds pixels: uint8 with three axes."""
+    return space.dtype == np.uint8 and space.shape is not None and len(space.shape) == 3
+
+
+def observation_fields(space: gym.Space, frame_stack: int) -> dict[str, Field]:
+    """Return the fields that keep an observation: of a stack of frames, one frame."""
+    fields = {}
+    for name, part in observation_boxes(space).items():
+        shape = part.shape
+        if is_image(part):
+            if shape[0] % frame_stack:
+                raise UserError(
+                    f"'{name}' has {shape[0]} channels, which are no stack of {frame_stack} "
+                    "frames; give the replay the environment's frame_stack"
+                )
+            shape = (shape[0] // frame_stack, *shape[1:])
+        fields[name] = Field(shape, torch.uint8 if part.dtype == np.uint8 else torch.float32)
+    return fields
+
+
+def step_fields(action_space: gym.Space) -> dict[str, Field]:
+    """Return the fields that keep an action and what came of it."""
+    if isinstance(action_space, gym.spaces.Discrete):
+        action = Field((), torch.int64)
+    elif isinstance(action_space, gym.spaces.Box):
+        action = Field(action_space.shape)
+    else:
+        raise UserError(f"the replay stores Box and Discrete actions, not {action_space}")
+    return {"action": action, "reward": Field(), "terminated": Field((), torch.bool)}
+
+
+def choose_storage(
+    storage: Storage, nbytes: int, device: torch.device, directory: str | Path | None
+) -> tuple[Storage, str]:
+    """Return the storage that has room and a line that says so; raise before allocating."""
+    candidates: list[Storage] = [storage]
+    if storage == "auto":
+        candidates = ["ram"] if directory is None else ["ram", "mmap"]
+        if device.type == "cuda":
+            candidates.insert(0, "device")
+    if "mmap" in candidates and directory is None:
+        raise UserError("replay storage 'mmap' needs a directory for its files")
+    tried = []
+    for candidate in candidates:
+        free = free_bytes(candidate, device, directory)
+        # On a GPU, networks and batches need room too: TD-MPC2 keeps its buffer there only when
+        # it fits 2.5 times. Elsewhere a tenth is left to everybody else.
+        share = 0.4 if candidate == "device" and device.type == "cuda" else 0.9
+        if nbytes <= share * free:
+            return candidate, f"{nbytes / 1e9:.2f} GB in {candidate} ({free / 1e9:.1f} GB free)"
+        tried.append(f"{candidate} has {free / 1e9:.2f} GB free, of which it may use {share:.0%}")
+    raise UserError(
+        f"the replay needs {nbytes / 1e9:.2f} GB, but {' and '.join(tried)}; lower "
+        "--replay-capacity or --size, or use --replay-storage mmap"
+    )
+
+
+def free_bytes(storage: Storage, device: torch.device, directory: str | Path | None) -> int:
+    """Return what a storage has free."""
+    if storage == "mmap" and directory is not None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(directory).free
+    if storage == "device" and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:  # in a container psutil sees the host's memory, not the container's limit
+        return min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):
+        return free
+
+
+def allocate(
+    name: str,
+    rows: int,
+    field: Field,
+    storage: Storage,
+    device: torch.device,
+    directory: str | Path | None,
+) -> Tensor:
+    """Return zeros [rows, *field.shape] in a storage; RAM and files are touched lazily."""
+    shape = (rows, *field.shape)
+    if storage == "device":
+        return torch.zeros(shape, dtype=field.dtype, device=device)
+    nbytes = rows * field.nbytes
+    if storage == "mmap" and directory is not None:
+        file = Path(directory) / f"{name}.bin"
+        column: np.ndarray = np.memmap(file, np.uint8, "w+", shape=(nbytes,))
+    else:  # NumPy's zeros are touched lazily, torch's at once
+        column = np.zeros(nbytes, np.uint8)
+    return torch.from_numpy(column).view(field.dtype).view(shape)

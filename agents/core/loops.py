@@ -1,0 +1,351 @@
+"""The off-policy training loop: act, step, store, learn; log, evaluate, save; resume exactly.
+
+Inside one step the updates run between `step_async` and `step_wait`: with worker processes the simulators render while
+the learner learns. The order of every random draw is the same with and without workers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+from tqdm import tqdm
+
+from agents.core.agent import Agent, as_observation
+from agents.core.checkpoints import CheckpointStore
+from agents.core.errors import UserError
+from agents.core.logging import Logger, Progress
+from agents.core.replay import Replay
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how often."""
+
+    steps: int = 500_000
+    """Agent steps in all, over all environments; with --resume, the new total."""
+    random_steps: int = 1000
+    """Agent steps of uniform random actions before learning starts (DMControl-GB)."""
+    updates_per_step: float = 1.0
+    """Gradient updates per agent step (DMControl-GB 1, DrQ-v2 .5)."""
+    replay_capacity: int = 500_000
+    """Observations that the replay holds, over all environments."""
+    log_every: int = 500
+    """Agent steps between lines of metrics; metrics stay on the device between."""
+    eval_every: int = 10_000
+    """Agent steps between evaluations on the training task; 0 for none."""
+    eval_episodes: int = 5
+    """Episodes per such evaluation."""
+    checkpoint_every: int = 10_000
+    """Agent steps between checkpoints (one is always saved at the end)."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept besides the best."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no loop can run with."""
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "eval_episodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        for name in ("random_steps", "updates_per_step", "eval_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+
+
+class DivergedError(RuntimeError):
+    """A loss, value or parameter is not finite; the message names it."""
+
+
+@dataclass
+class LoopState:
+    """What the loop itself must remember between checkpoints."""
+
+    progress: Progress = field(default_factory=Progress)
+    update_debt: float = 0.0
+    best_return: float = -math.inf
+    episodes: int = 0
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return the state as a tree."""
+        return {name: value for name, value in vars(self).items() if name != "progress"}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any], progress: Mapping[str, Any]) -> LoopState:
+        """Rebuild a state."""
+        return cls(progress=Progress(**progress), **tree)
+
+
+@dataclass
+class Hooks:
+    """What a script adds to the loop.
+
+    Attributes:
+        evaluate: returns scalars by tag; `eval/clean/return_mean` picks the best checkpoint.
+        render_seconds: total time that the environments spent rendering.
+        stop: asked after every step; True saves and returns.
+        line: prints one line for a person (progress bars permitting).
+    """
+
+    evaluate: Callable[[Progress], Mapping[str, float]] | None = None
+    render_seconds: Callable[[], float] | None = None
+    stop: Callable[[], bool] = lambda: False
+    line: Callable[[str], None] = tqdm.write
+
+
+class OffPolicyLoop:
+    """Trains an agent on a vector environment through a replay.
+
+    Args:
+        agent: acts and learns.
+        envs: same-step autoreset, with `get_state` / `set_state`.
+        replay: of the same spaces and number of environments.
+        settings: how long and how often.
+        logger: where numbers go.
+        checkpoints: where checkpoints go.
+        action_repeat: control steps per agent step, to count frames.
+        seed: of the first reset and of the random actions.
+        hooks: evaluation, timing and stopping.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        envs: VectorEnv,
+        replay: Replay,
+        settings: LoopSettings,
+        *,
+        logger: Logger,
+        checkpoints: CheckpointStore,
+        action_repeat: int,
+        seed: int,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.agent, self.envs, self.replay = agent, envs, replay
+        self.settings, self.logger, self.checkpoints = settings, logger, checkpoints
+        self.action_repeat = action_repeat
+        self.hooks = hooks or Hooks()
+        self.device = next(iter(agent.networks().values())).parameters().__next__().device
+        self.state = LoopState()
+        self.random = np.random.default_rng(seed)
+        self.seed = seed
+        self.observation: Any = None
+        self._metrics: list[dict[str, Tensor]] = []
+        self._returns: list[float] = []
+        self._lengths: list[float] = []
+        self._seconds = {"environment": 0.0, "update": 0.0, "act": 0.0}
+
+    def resume(self, parts: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's parts (the replay is restored by the checkpoint store)."""
+        self.agent.load_state_dict(parts["agent"])
+        self.state = LoopState.from_tree(parts["loop"], parts["progress"])
+        self.random.bit_generator.state = parts["random"]
+        self.envs.set_state(parts["environments"])  # type: ignore[attr-defined]
+        self.observation = parts["observation"]
+
+    def run(self) -> LoopState:
+        """Train until `settings.steps` (or until asked to stop), save, and return the state."""
+        progress, settings = self.state.progress, self.settings
+        if self.observation is None:
+            self.observation, _ = self.envs.reset(seed=self.seed)
+            self.replay.start(self.observation)
+        self._log_mark = (time.perf_counter(), progress.agent_steps, self._rendered())
+        self._started = time.perf_counter() - progress.wall_seconds
+        bar = tqdm(
+            total=settings.steps,
+            initial=progress.agent_steps,
+            unit="step",
+            disable=None,
+            smoothing=0.05,
+        )
+        saved = -1
+        while progress.agent_steps < settings.steps and not self.hooks.stop():
+            self._step()
+            progress.wall_seconds = time.perf_counter() - self._started
+            bar.update(progress.agent_steps - bar.n)
+            if self._due(settings.log_every):
+                self._log(bar)
+            if settings.eval_every and self._due(settings.eval_every):
+                self._evaluate()
+            if self._due(settings.checkpoint_every):
+                self.save()
+                saved = progress.agent_steps
+        if saved != progress.agent_steps:
+            self._log(bar)
+            self.save()
+        bar.close()
+        return self.state
+
+    def save(self) -> None:
+        """Write a checkpoint; a state that is not finite is never written."""
+        self._check_finite_metrics()
+        for name, network in self.agent.networks().items():
+            for key, tensor in network.state_dict().items():
+                if not torch.isfinite(tensor).all():
+                    raise DivergedError(f"{name}.{key} is not finite; the last checkpoint is kept")
+        self.logger.flush()
+        self.checkpoints.save(
+            self.state.progress.agent_steps,
+            {
+                "agent": self.agent.state_dict(),
+                "progress": vars(self.state.progress).copy(),
+                "loop": self.state.to_tree(),
+                "random": self.random.bit_generator.state,
+                "environments": self.envs.get_state(),  # type: ignore[attr-defined]
+                "observation": self.observation,
+            },
+            self.replay,
+        )
+
+    def _step(self) -> None:
+        """Take one step in every environment, and the updates that are due meanwhile."""
+        progress = self.state.progress
+        clock = time.perf_counter()
+        action = self._choose()
+        self._seconds["act"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        self.envs.step_async(action)  # type: ignore[attr-defined]
+        sent = time.perf_counter()
+        self._learn()
+        learned = time.perf_counter()
+        observation, reward, terminated, truncated, info = self.envs.step_wait()  # type: ignore[attr-defined]
+        self._seconds["update"] += learned - sent
+        self._seconds["environment"] += time.perf_counter() - learned + sent - clock
+        self.replay.add(
+            action,
+            reward,
+            terminated,
+            truncated,
+            observation,
+            info.get("final_obs"),
+            info.get("dropped"),
+        )
+        self.observation = observation
+        progress.agent_steps += self.envs.num_envs
+        progress.env_frames += self.envs.num_envs * self.action_repeat
+        if progress.agent_steps >= self.settings.random_steps:
+            self.state.update_debt += self.settings.updates_per_step * self.envs.num_envs
+        if "episode" in info:
+            ended = np.flatnonzero(info["_episode"])
+            self._returns += [float(info["episode"]["r"][i]) for i in ended]
+            self._lengths += [float(info["episode"]["l"][i]) for i in ended]
+            self.state.episodes += len(ended)
+
+    def _choose(self) -> np.ndarray:
+        progress = self.state.progress
+        self.agent.set_progress(progress.agent_steps)
+        if progress.agent_steps < self.settings.random_steps:
+            space = self.envs.action_space
+            assert space.shape is not None
+            return self.random.uniform(-1, 1, space.shape).astype(np.float32)
+        observation = as_observation(self.observation, self.device)
+        return self.agent.act(observation, explore=True)[0]
+
+    def _learn(self) -> None:
+        settings = self.agent.replay_settings
+        while self.state.update_debt >= 1 and len(self.replay) > settings.n_step:
+            batch = self.replay.sample(
+                settings.batch_size, n_step=settings.n_step, discount=settings.discount
+            )
+            self._metrics.append(self.agent.update(batch))
+            self.state.update_debt -= 1
+            self.state.progress.gradient_updates += 1
+
+    def _due(self, every: int) -> bool:
+        """Whether this step passed a multiple of `every`."""
+        steps = self.state.progress.agent_steps
+        return steps // every > (steps - self.envs.num_envs) // every
+
+    def _read_metrics(self) -> dict[str, float]:
+        """Average the metrics since the last call: the one place where they leave the device."""
+        names = {name for metrics in self._metrics for name in metrics}
+        stacked = {
+            name: torch.stack([m[name].float() for m in self._metrics if name in m]).mean()
+            for name in sorted(names)
+        }
+        values = torch.stack(list(stacked.values())).tolist() if stacked else []
+        self._metrics.clear()
+        return dict(zip(stacked, values, strict=True))
+
+    def _check_finite_metrics(self) -> None:
+        steps = self.state.progress.agent_steps
+        for metrics in self._metrics[-1:]:
+            for name, value in metrics.items():
+                if not torch.isfinite(value):
+                    raise DivergedError(f"{name} is {value} at agent step {steps}")
+
+    def _log(self, bar: tqdm) -> None:
+        progress = self.state.progress
+        values = self._read_metrics()
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"{name} is {value} at agent step {progress.agent_steps}; training stops, the last "
+                    "checkpoint is kept (lower a learning rate, or use --precision fp32)"
+                )
+        clock, rendered = time.perf_counter(), self._rendered()
+        seconds = max(clock - self._log_mark[0], 1e-9)
+        steps = max(progress.agent_steps - self._log_mark[1], 1)
+        values |= {
+            "time/steps_per_second": steps / seconds,
+            "time/fps": steps * self.action_repeat / seconds,
+            "time/env_ms": 1000 * self._seconds["environment"] / steps,
+            "time/render_ms": 1000 * (rendered - self._log_mark[2]) / steps,
+            "time/update_ms": 1000 * self._seconds["update"] / steps,
+            "time/act_ms": 1000 * self._seconds["act"] / steps,
+            "replay/transitions": float(len(self.replay)),
+        }
+        if self._returns:
+            values["train/episode_return"] = float(np.mean(self._returns))
+            values["train/episode_length"] = float(np.mean(self._lengths))
+            bar.set_postfix_str(f"return {values['train/episode_return']:.1f}")
+        if failures := getattr(self.envs, "worker_failures", 0):
+            values["environments/worker_failures"] = float(failures)
+        self.logger.scalars(values, progress)
+        self.logger.flush()
+        if bar.disable:
+            self._print_line(values)
+        self._returns, self._lengths = [], []
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._log_mark = (clock, progress.agent_steps, rendered)
+
+    def _print_line(self, values: Mapping[str, float]) -> None:
+        progress = self.state.progress
+        left = (self.settings.steps - progress.agent_steps) / values["time/steps_per_second"]
+        episode = values.get("train/episode_return", math.nan)
+        self.hooks.line(
+            f"step {progress.agent_steps:>8,}  updates {progress.gradient_updates:>8,}  "
+            f"return {episode:7.1f}  {values['time/fps']:6.0f} frames/s  {left / 60:5.1f} min left"
+        )
+
+    def _evaluate(self) -> None:
+        if self.hooks.evaluate is None:
+            return
+        progress, clock = self.state.progress, time.perf_counter()
+        rendered = self._rendered()
+        values = self.hooks.evaluate(progress)
+        self.logger.scalars(values, progress)
+        score = values.get("eval/clean/return_mean", -math.inf)
+        if score > self.state.best_return:
+            self.state.best_return = score
+            weights = {
+                "agent": self.agent.state_dict(weights_only=True),
+                "progress": vars(progress).copy(),
+            }
+            self.checkpoints.save_best(progress.agent_steps, weights)
+        self.hooks.line(
+            f"step {progress.agent_steps:>8,}  evaluation: "
+            + "  ".join(f"{k.removeprefix('eval/')} {v:.1f}" for k, v in values.items())
+        )
+        # Training speed is reported without the time that evaluation took.
+        mark, steps, before = self._log_mark
+        spent, painted = time.perf_counter() - clock, self._rendered() - rendered
+        self._log_mark = (mark + spent, steps, before + painted)
+
+    def _rendered(self) -> float:
+        return self.hooks.render_seconds() if self.hooks.render_seconds else 0.0

@@ -1,0 +1,75 @@
+"""Where an agent looks: input gradients of a value, and masks of their strongest pixels.
+
+Sources: guided backpropagation, Springenberg et al. 2015 (https://arxiv.org/abs/1412.6806); per-frame quantile masks,
+SGQN, Bertoin et al. 2022 (https://arxiv.org/abs/2209.09203), section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.core.networks import guided_relu
+
+SaliencyRule = Literal["guided", "gradient"]
+
+
+def input_gradient(
+    output: Tensor, inputs: Tensor, rule: SaliencyRule, *, retain_graph: bool = False
+) -> Tensor:
+    """Return d output.sum() / d inputs under the given backward rule.
+
+    Args:
+        output: [B], one value per sample, computed from `inputs` through `networks.ReLU`s.
+        inputs: [B, C, H, W] that requires grad.
+        rule: `guided` drops negative gradients at every ReLU, `gradient` is the plain derivative.
+        retain_graph: keep the graph for a later loss on the same forward pass.
+    """
+    if rule == "guided":
+        with guided_relu():
+            (gradient,) = torch.autograd.grad(output.sum(), inputs, retain_graph=retain_graph)
+    else:
+        (gradient,) = torch.autograd.grad(output.sum(), inputs, retain_graph=retain_graph)
+    return gradient
+
+
+def frame_saliency(gradient: Tensor) -> Tensor:
+    """Reduce a gradient [B, 3*k, H, W] to one map per frame: the largest magnitude over RGB, [B, k, H, W]."""
+    magnitude = gradient.abs()
+    # Three strided slices: a reduction over an axis of length 3 is ten times slower on CPU.
+    return torch.maximum(torch.maximum(magnitude[:, ::3], magnitude[:, 1::3]), magnitude[:, 2::3])
+
+
+def quantile_mask(saliency: Tensor, quantile: float) -> Tensor:
+    """Keep each frame's pixels at or above its quantile.
+
+    Equal to `saliency >= torch.quantile(saliency.flatten(-2), quantile, dim=-1)` for every input, ties included: the
+    interpolated quantile lies above the lower of its two neighbors and not above the upper one, so comparing with the
+    upper neighbor selects the same pixels. A selection of that one order statistic replaces the sort (on two cores
+    1.5 ms instead of 23 for [128, 3, 48, 48]).
+
+    Args:
+        saliency: [B, k, H, W].
+        quantile: in [0, 1); .95 keeps one pixel in twenty.
+
+    Returns:
+        bool [B, k, H, W].
+    """
+    flat = saliency.flatten(-2)
+    index = math.ceil(quantile * (flat.shape[-1] - 1) - 1e-9)
+    if flat.device.type == "cpu":
+        # NumPy's partition is vectorized (AVX-512 / AVX2 quickselect); torch's topk and kthvalue are not.
+        array = flat.float().numpy()
+        threshold = torch.from_numpy(np.partition(array, index, axis=-1)[..., index])
+    else:
+        threshold = flat.topk(flat.shape[-1] - index, dim=-1, sorted=False).values.amin(-1)
+    return saliency >= threshold.to(saliency.dtype)[..., None, None]
+
+
+def mask_channels(mask: Tensor) -> Tensor:
+    """Repeat a per-frame mask [B, k, H, W] over RGB to [B, 3*k, H, W]."""
+    return mask.repeat_interleave(3, dim=1)

@@ -1,0 +1,27 @@
+"""One seed, independent children: environments, agent, replay and evaluation never share a stream."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+STREAMS = ("environment", "agent", "replay", "evaluation", "exploration")
+
+
+def spawn_seeds(seed: int | None) -> tuple[int, dict[str, int]]:
+    """Return the run's seed (drawn when None) and one child seed for every stream in `STREAMS`."""
+    if seed is None:
+        seed = int(np.random.SeedSequence().entropy) % 2**31  # type: ignore[arg-type]
+    children = np.random.SeedSequence(seed).spawn(len(STREAMS))
+    return seed, {
+        name: int(child.generate_state(1)[0]) for name, child in zip(STREAMS, children, strict=True)
+    }
+
+
+def seed_libraries(seed: int) -> None:
+    """Seed the global generators that libraries use (weight initialization); agents own theirs."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - third-party code may draw from the global generator
+    torch.manual_seed(seed)

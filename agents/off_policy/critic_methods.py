@@ -1,0 +1,134 @@
+"""The CriticMethod interface: on which views of an observation a critic is trained, and what is trained beside it.
+
+`PlainMethod` is temporal-difference learning alone; `svea.SVEA` and `sgqn.SGQN` are the others. A method attaches to
+any critic (SAC's or DDPG's): it sees an encoder, a trunk and Q functions, and never the actor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agents.core.agent import Observation
+from agents.core.saliency import SaliencyRule, frame_saliency, input_gradient
+
+
+@dataclass
+class CriticLoss:
+    """What `CriticMethod.critic_loss` returns.
+
+    Attributes:
+        loss: 0-d, to be minimised.
+        features: [B, F], the encoder's output for the observation without strong augmentation.
+        metrics: 0-d detached tensors.
+    """
+
+    loss: Tensor
+    features: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Plain temporal-difference learning: nothing to set."""
+
+    def build(
+        self, spaces: dict[str, gym.spaces.Box], action_dim: int, critic: Any, seed: int
+    ) -> CriticMethod:
+        """Make the method for a critic's observation spaces."""
+        return PlainMethod()
+
+
+def td_loss(values: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    """Return the summed mean squared errors of both critics."""
+    return F.mse_loss(values[0], target) + F.mse_loss(values[1], target)
+
+
+class CriticMethod(nn.Module):
+    """Base of all methods."""
+
+    def critic_loss(
+        self,
+        critic: Any,
+        observation: Observation,
+        action: Tensor,
+        target: Tensor,
+        generator: torch.Generator,
+    ) -> CriticLoss:
+        """Return the critic's loss on a weakly augmented observation (pixels in [0, 255])."""
+        raise NotImplementedError
+
+    def auxiliary_update(
+        self,
+        critic: Any,
+        observation: Observation,
+        action: Tensor,
+        generator: torch.Generator,
+        updates: int,
+    ) -> dict[str, Tensor]:
+        """Take the method's own gradient step, if it has one and it is due after `updates` updates."""
+        return {}
+
+    def prepare(self, critic: Any) -> None:
+        """Build optimisers, once everything is on its device."""
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the method's optimisers by name."""
+        return {}
+
+    def images(
+        self, critic: Any, observation: Observation, action: Tensor
+    ) -> dict[str, np.ndarray]:
+        """Return pictures for the log, uint8 [H, W, 3] by name."""
+        saliency = critic_saliency(critic, observation, action, "guided")
+        return {"saliency": overlay_grid(observation["pixels"], saliency)}
+
+
+class PlainMethod(CriticMethod):
+    """Temporal-difference learning on the observation as it comes."""
+
+    def critic_loss(
+        self,
+        critic: Any,
+        observation: Observation,
+        action: Tensor,
+        target: Tensor,
+        generator: torch.Generator,
+    ) -> CriticLoss:
+        """Return the plain TD loss."""
+        features = critic.encode(critic.normalize(observation))
+        values = critic(features, action)
+        return CriticLoss(td_loss(values, target), features, {"value/q": values[0].detach().mean()})
+
+
+def critic_saliency(
+    critic: Any, observation: Observation, action: Tensor, rule: SaliencyRule
+) -> Tensor:
+    """Return where Q1 looks, [B, k, H, W]: the largest input gradient over RGB, per stacked frame."""
+    with torch.enable_grad():
+        seen = critic.normalize(observation)
+        seen["pixels"] = seen["pixels"].detach().requires_grad_()
+        value = critic(critic.encode(seen), action)[0]
+        return frame_saliency(input_gradient(value, seen["pixels"], rule))
+
+
+def overlay_grid(pixels: Tensor, saliency: Tensor, samples: int = 4) -> np.ndarray:
+    """Draw the newest frame, the saliency, and both together, one row per sample, uint8 [n*H, 3*W, 3].
+
+    Saliency is scaled by its 99th percentile per picture, so that one hot pixel does not hide the rest.
+    """
+    frames = pixels[:samples, -3:].float().cpu().numpy().transpose(0, 2, 3, 1) / 255
+    heat = saliency[:samples, -1].detach().float().cpu().numpy()
+    scale = np.quantile(heat, 0.99, axis=(1, 2), keepdims=True) + 1e-12
+    heat = np.clip(heat / scale, 0, 1)[..., None]
+    gray = frames.mean(-1, keepdims=True)
+    hot = np.concatenate([heat, heat * heat * 0.6, np.zeros_like(heat)], axis=-1)
+    both = np.clip(0.45 * gray * (1 - heat) + hot, 0, 1)
+    rows = np.concatenate([frames, np.repeat(heat, 3, -1), both], axis=2)
+    return (rows.reshape(-1, *rows.shape[2:]) * 255).round().astype(np.uint8)

@@ -1,0 +1,133 @@
+"""A trained policy as a function: `Policy.load(run).act(observation)`; no environment, loop or logger needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from agents.core.agent import Agent, as_observation
+from agents.core.checkpoints import CheckpointStore
+from agents.core.errors import UserError
+from agents.core.settings import from_dict
+from agents.registry import find, make_agent
+
+
+class Policy:
+    """An agent that only acts.
+
+    Attributes:
+        agent: the agent behind it.
+        config: the run's config.json.
+        checkpoint: name of the checkpoint that was loaded.
+        progress: agent steps, environment frames and gradient updates behind that checkpoint.
+        device: where it acts.
+    """
+
+    def __init__(
+        self, agent: Agent, config: dict[str, Any], checkpoint: str, progress: dict[str, int]
+    ) -> None:
+        self.agent = agent
+        self.config = config
+        self.checkpoint = checkpoint
+        self.progress = progress
+        self.device = next(next(iter(agent.networks().values())).parameters()).device
+
+    @classmethod
+    def load(
+        cls, run: str | Path, *, checkpoint: str = "latest", device: str | torch.device = "cpu"
+    ) -> Policy:
+        """Load a run folder's policy.
+
+        Args:
+            run: the folder that training wrote.
+            checkpoint: `latest`, `best`, or a checkpoint folder's name.
+            device: where to act.
+
+        Raises:
+            UserError: no run or checkpoint there, or it does not fit its config.
+        """
+        config = read_config(run)
+        spec = find(config["agent"])
+        configs = [from_dict(type(c), config["configs"][type(c).__name__]) for c in spec.configs]
+        agent = make_agent(
+            config["agent"],
+            space_from_json(config["spaces"]["observation"]),
+            space_from_json(config["spaces"]["action"]),
+            configs=configs,
+            device=device,
+        )
+        store = CheckpointStore(Path(run))
+        folder = store.latest() if checkpoint == "latest" else store.folder / checkpoint
+        parts = store.load(None if checkpoint == "latest" else checkpoint)
+        agent.load_state_dict({"networks": parts["agent"]["networks"]})
+        counts = ("agent_steps", "env_frames", "gradient_updates")
+        progress = {name: parts["progress"][name] for name in counts}
+        return cls(agent, config, folder.name if folder else checkpoint, progress)
+
+    def act(self, observation: Any) -> np.ndarray:
+        """Return the greedy action for one observation, or actions for a batch of them.
+
+        Args:
+            observation: as the environment gave it: uint8 [3*k, H, W], float [D] or a Dict; or a batch.
+        """
+        parts = observation if isinstance(observation, Mapping) else {"": observation}
+        arrays = {key: np.asarray(value) for key, value in parts.items()}
+        single = all(
+            array.ndim == (3 if array.dtype == np.uint8 else 1) for array in arrays.values()
+        )
+        if single:
+            arrays = {key: array[None] for key, array in arrays.items()}
+        batch = as_observation(arrays[""] if "" in arrays else arrays, self.device)
+        action, _, _ = self.agent.act(batch, explore=False)
+        return action[0] if single else action
+
+
+def read_config(run: str | Path) -> dict[str, Any]:
+    """Return a run folder's config.json.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    file = Path(run) / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"'{run}' is no run folder (it has no config.json); give one that training wrote"
+        )
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"'{file}' is damaged ({error}); restore it or train anew") from error
+
+
+def space_to_json(space: gym.Space) -> dict[str, Any]:
+    """Describe a Box, Discrete or Dict space in JSON; bounds are kept only where they are uniform."""
+    if isinstance(space, gym.spaces.Dict):
+        return {"dict": {key: space_to_json(part) for key, part in space.spaces.items()}}
+    if isinstance(space, gym.spaces.Discrete):
+        return {"discrete": int(space.n)}
+    if isinstance(space, gym.spaces.Box):
+        low, high = float(space.low.min()), float(space.high.max())
+        bounds = [low if np.isfinite(low) else None, high if np.isfinite(high) else None]
+        return {"box": list(space.shape), "dtype": str(space.dtype), "bounds": bounds}
+    raise UserError(f"space {space} is not supported")
+
+
+def space_from_json(description: Mapping[str, Any]) -> gym.Space:
+    """Rebuild what `space_to_json` described."""
+    if "dict" in description:
+        return gym.spaces.Dict({k: space_from_json(v) for k, v in description["dict"].items()})
+    if "discrete" in description:
+        return gym.spaces.Discrete(description["discrete"])
+    low, high = description["bounds"]
+    return gym.spaces.Box(
+        -np.inf if low is None else low,
+        np.inf if high is None else high,
+        tuple(description["box"]),
+        np.dtype(description["dtype"]).type,
+    )

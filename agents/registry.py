@@ -1,0 +1,111 @@
+"""AGENTS: what each name on the command line means.
+
+An agent is a class and its config dataclasses. SVEA and SGQN are methods on a critic: a name here pairs one with a
+base, and any other pair is one line more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+from agents.core.agent import Agent
+from agents.core.errors import UserError
+from agents.off_policy.critic_methods import MethodConfig
+from agents.off_policy.ddpg import DDPG, DDPGConfig
+from agents.off_policy.sac import SAC, SACConfig
+from agents.off_policy.sgqn import SGQNConfig
+from agents.off_policy.svea import SVEAConfig
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """How to build one agent.
+
+    Attributes:
+        build: called as build(observation_space, action_space, *configs, device=..., seed=...).
+        configs: the config dataclasses with this agent's defaults, in the order `build` takes them.
+        summary: one line for `--help`.
+    """
+
+    build: Callable[..., Agent]
+    configs: tuple[Any, ...]
+    summary: str
+
+
+def _actor_critic(base: type) -> Callable[..., Agent]:
+    def build(
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        config: Any,
+        method: MethodConfig,
+        **keywords: Any,
+    ) -> Agent:
+        return base(observation_space, action_space, config, method=method, **keywords)
+
+    return build
+
+
+_sac, _ddpg = _actor_critic(SAC), _actor_critic(DDPG)
+_plain = MethodConfig()
+
+AGENTS: dict[str, AgentSpec] = {
+    "sac": AgentSpec(_sac, (SACConfig(augmentation="none"), _plain), "soft actor-critic"),
+    "drq": AgentSpec(_sac, (SACConfig(), _plain), "SAC with random shifts"),
+    "rad": AgentSpec(_sac, (SACConfig(augmentation="crop"), _plain), "SAC with random crops"),
+    "svea": AgentSpec(_sac, (SACConfig(), SVEAConfig()), "SVEA on SAC"),
+    "sgqn": AgentSpec(_sac, (SACConfig(), SGQNConfig()), "SGQN on SAC"),
+    "ddpg": AgentSpec(
+        _ddpg, (DDPGConfig(augmentation="none"), _plain), "DrQ-v2 without its augmentation"
+    ),
+    "drqv2": AgentSpec(_ddpg, (DDPGConfig(), _plain), "DrQ-v2"),
+    "drqv2-svea": AgentSpec(_ddpg, (DDPGConfig(), SVEAConfig()), "SVEA on DrQ-v2"),
+    "drqv2-sgqn": AgentSpec(_ddpg, (DDPGConfig(), SGQNConfig()), "SGQN on DrQ-v2"),
+}
+
+
+def register(name: str, spec: AgentSpec) -> None:
+    """Add an agent; scripts find it under `--agent name`.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name in AGENTS:
+        raise UserError(f"an agent named '{name}' exists; choose another name")
+    AGENTS[name] = spec
+
+
+def find(name: str) -> AgentSpec:
+    """Return the agent of that name, or raise a UserError that offers the nearest ones."""
+    if name not in AGENTS:
+        raise UserError.unknown("agent", name, AGENTS)
+    return AGENTS[name]
+
+
+def make_agent(
+    name: str,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    *,
+    configs: Sequence[Any] | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Agent:
+    """Build an agent for an environment's (single) spaces.
+
+    Args:
+        name: a key of `AGENTS`.
+        observation_space: uint8 pixels (3*k, H, W), a float vector, or a Dict of both.
+        action_space: Box(-1, 1).
+        configs: replaces the spec's configs, same types in the same order.
+        device: where networks live.
+        seed: of weights, exploration and augmentation.
+    """
+    spec = find(name)
+    return spec.build(
+        observation_space, action_space, *(configs or spec.configs), device=device, seed=seed
+    )

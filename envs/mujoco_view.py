@@ -1,0 +1,382 @@
+"""A MuJoCo simulation as a `wrappers.view.View`: what is background, what may be repainted, one camera."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mujoco
+import numpy as np
+
+from envs.rendering import Quality, Renderer, texture_data
+from wrappers.errors import UserError
+from wrappers.view import Layers, Part
+
+Simulation = tuple[mujoco.MjModel, mujoco.MjData]
+
+
+@dataclass(frozen=True)
+class Paint:
+    """Where one color slot of a scene lies.
+
+    Attributes:
+        color: float64 [3] in [0, 1], as the simulator ships it.
+        materials: ids of the materials that have it.
+        geoms: ids of the geoms that have it without a material.
+        texture: id of a texture that mixes this color with others, -1 for none.
+    """
+
+    color: np.ndarray
+    materials: Sequence[int] = ()
+    geoms: Sequence[int] = ()
+    texture: int = -1
+
+
+@dataclass(frozen=True)
+class Scenery:
+    """What of a model is background, and which of its colors may be changed.
+
+    Attributes:
+        geoms: ids of the geoms of every background part; the sky has none.
+        paints: the color slots by name.
+    """
+
+    geoms: Mapping[Part, Sequence[int]] = field(default_factory=dict)
+    paints: Mapping[str, Paint] = field(default_factory=dict)
+
+
+def find_scenery(model: mujoco.MjModel) -> Scenery:
+    """Find sky, floor and the robot's color as dm_control's and Gymnasium's models have them.
+
+    The floor is every level or checkered plane and every terrain that does not move; the one wall that some
+    dm_control robots move before has the material `background`. The floor's checker colors are `grid1` and
+    `grid2`, or `floor` where it has one color. `self` is the material of that name, else the most frequent
+    color of what moves; `sky` the brighter end of the skybox's gradient.
+    """
+    geoms = _background_geoms(model)
+    floor = geoms.get("floor", [])
+    return Scenery(
+        geoms, {**_sky_paint(model), **_floor_paints(model, floor), **_self_paint(model)}
+    )
+
+
+class MujocoView:
+    """One camera at one size onto one MuJoCo simulation; implements `wrappers.view.View`.
+
+    The simulation is asked for anew at every render, so a task may rebuild its model between two. A view
+    leaves the model as it found it: parts are hidden and colors changed only while a scene is taken.
+    GL is not touched before the first render.
+    """
+
+    def __init__(
+        self,
+        simulation: Callable[[], Simulation],
+        *,
+        height: int,
+        width: int,
+        camera: int | str | mujoco.MjvCamera | None = None,
+        quality: Quality = "reference",
+        scenery: Callable[[mujoco.MjModel], Scenery] = find_scenery,
+        upside_down: bool = False,
+    ) -> None:
+        """Look at `simulation()`.
+
+        Args:
+            simulation: returns the model and its data.
+            height: pixels.
+            width: pixels.
+            camera: a fixed camera's number or name, a free camera, or None for MuJoCo's default free one.
+            quality: see `Renderer`.
+            scenery: tells what of a model is background; asked again when the model is another.
+            upside_down: the camera hangs upside down: turn its picture by half a turn.
+        """
+        self.height, self.width, self.quality = height, width, quality
+        self._simulation, self._find_scenery = simulation, scenery
+        self._camera_name, self._upside_down = camera, upside_down
+        self._renderer: Renderer | None = None
+        self._repainted: dict[str, np.ndarray] = {}
+        self._uploaded: dict[int, dict[str, bytes]] = {}
+        self._look_at(simulation()[0])
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The background parts that this scene has, seen from this camera or not."""
+        return frozenset(("sky", *self._scenery.geoms))
+
+    def render(self) -> np.ndarray:
+        """Return the picture, uint8 [H, W, 3], a fresh array."""
+        return self._upright(self._scene().draw())
+
+    def render_layers(self, hidden: frozenset[Part]) -> Layers:
+        """Render without the `hidden` parts and tell where they would have been.
+
+        Where no pixel is mixed of two things, coverage is the depth of the same drawing: the far plane.
+        """
+        if "sky" not in hidden:
+            rgb = self._upright(self._scene(hidden).draw())
+            return Layers(rgb, self._shown_parts(hidden).astype(np.float32))
+        renderer = self._scene(hidden)
+        geoms = renderer.scene.geoms[: renderer.scene.ngeom]
+        if self.quality == "reference" or any(geom.transparent for geom in geoms):
+            return self._mixed_layers(renderer)
+        depth = np.empty((self.height, self.width), np.float32)
+        rgb = renderer.draw(depth)
+        return Layers(self._upright(rgb), self._upright(depth[::-1] == 1).astype(np.float32))
+
+    def _mixed_layers(self, renderer: Renderer) -> Layers:
+        """Take apart a picture with multisampled silhouettes or transparent things.
+
+        Coverage is how much of a white wall behind everything shows, and the foreground is what remains of
+        the picture without its share of sky. The three drawings besides the picture itself are cheap.
+        """
+        scene, flag = renderer.scene, mujoco.mjtRndFlag
+        flags = scene.flags.copy()
+        scene.flags[flag.mjRND_SKYBOX] = True
+        picture = renderer.draw()
+        geoms, scene.ngeom = scene.ngeom, 0
+        sky = renderer.draw()
+        scene.ngeom = geoms
+        for effect in (flag.mjRND_SKYBOX, flag.mjRND_SHADOW, flag.mjRND_REFLECTION):
+            scene.flags[effect] = False
+        before_black = renderer.draw()
+        _add_backdrop(scene)
+        before_white = renderer.draw()
+        scene.flags[:] = flags
+        coverage = (before_white.astype(np.float32) - before_black).max(2).clip(0, 255) / 255
+        behind = coverage[..., None]
+        share = np.maximum(1 - behind, 1 / 255)
+        front = np.where(behind < 1, (picture - behind * sky) / share, 0).clip(0, 255).round()
+        return Layers(self._upright(front.astype(np.uint8)), self._upright(coverage))
+
+    def foreground(self) -> np.ndarray:
+        """Return where the picture shows neither sky, floor nor walls, bool [H, W]. One unlit render."""
+        return ~self._shown_parts(self.parts)
+
+    def visible_parts(self) -> frozenset[Part]:
+        """Return the background parts of which at least one pixel is seen now."""
+        return frozenset(part for part in self.parts if self._shown_parts(frozenset((part,))).any())
+
+    def colors(self) -> dict[str, np.ndarray]:
+        """Return the scene's colors by slot, float64 [3] in [0, 1], as the simulator ships them."""
+        return {slot: paint.color.copy() for slot, paint in self._scenery.paints.items()}
+
+    def set_colors(self, colors: Mapping[str, np.ndarray]) -> None:
+        """Repaint the given slots until the next call; slots that are not given return to their own."""
+        for slot in colors:
+            if slot not in self._scenery.paints:
+                raise UserError.unknown("color slot", slot, self._scenery.paints)
+        self._repainted = {slot: np.array(color, np.float64) for slot, color in colors.items()}
+
+    def close(self) -> None:
+        """Free what the view holds in GL; the next render would make it anew."""
+        if self._renderer is not None:
+            self._renderer.close()
+        self._renderer, self._uploaded = None, {}
+
+    def _look_at(self, model: mujoco.MjModel) -> None:
+        self.close()
+        self._model, self._scenery = model, self._find_scenery(model)
+        self._camera = _camera(model, self._camera_name)
+
+    def _scene(self, hidden: frozenset[Part] = frozenset()) -> Renderer:
+        """Return the renderer with the simulation's current scene in it."""
+        model, data = self._simulation()
+        if model is not self._model:
+            self._look_at(model)
+        if self._renderer is None:
+            self._renderer = Renderer(model, self.height, self.width, quality=self.quality)
+        self._upload_textures(self._renderer)
+        sky = mujoco.mjtRndFlag.mjRND_SKYBOX
+        self._renderer.scene.flags[sky] = "sky" not in hidden
+        with self._dressed(hidden):
+            self._renderer.update(data, self._camera)
+        return self._renderer
+
+    @contextmanager
+    def _dressed(self, hidden: frozenset[Part]) -> Iterator[None]:
+        """Hide parts and paint materials in the model for as long as a scene is taken from it."""
+        model = self._model
+        changes: list[tuple[np.ndarray, Sequence[int], object]] = []
+        for part in hidden - {"sky"}:
+            # MuJoCo shows groups 0 to 2 unless told otherwise.
+            changes.append((model.geom_group, self._scenery.geoms.get(part, ()), 5))
+        for slot, color in self._repainted.items():
+            paint = self._scenery.paints[slot]
+            changes.append((model.mat_rgba[:, :3], paint.materials, color))
+            changes.append((model.geom_rgba[:, :3], paint.geoms, color))
+        changes = [(array, list(ids), value) for array, ids, value in changes if len(ids)]
+        kept = [array[ids] for array, ids, _ in changes]
+        try:
+            for array, ids, value in changes:
+                array[ids] = value
+            yield
+        finally:
+            for (array, ids, _), values in zip(changes, kept, strict=True):
+                array[ids] = values
+
+    def _upload_textures(self, renderer: Renderer) -> None:
+        """Bring GL's textures in line with the colors that were set."""
+        wanted: dict[int, dict[str, np.ndarray]] = {}
+        for slot, paint in self._scenery.paints.items():
+            if paint.texture >= 0:
+                slots = wanted.setdefault(paint.texture, {})
+                if slot in self._repainted:
+                    slots[slot] = self._repainted[slot]
+        for texture, slots in wanted.items():
+            key = {slot: color.tobytes() for slot, color in slots.items()}
+            if self._uploaded.get(texture, {}) != key:
+                renderer.upload_texture(texture, self._repaint(renderer.texels(texture), slots))
+                self._uploaded[texture] = key
+
+    def _repaint(self, texels: np.ndarray, colors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return texels with the slots' own colors replaced by `colors`."""
+        repainted = texels.copy()
+        for slot, color in colors.items():
+            old, new = _bytes(self._scenery.paints[slot].color), _bytes(color)
+            if slot == "sky":
+                # A gradient that ends in black, with white stars: scale what is not white.
+                for channel in range(3):
+                    table = (np.arange(256) * (new[channel] / max(1, old[channel]))).clip(0, 255)
+                    table[255] = 255
+                    repainted[..., channel] = table.round().astype(np.uint8)[texels[..., channel]]
+            else:
+                repainted[(texels == old).all(-1)] = new
+        return repainted
+
+    def _shown_parts(self, parts: frozenset[Part]) -> np.ndarray:
+        """Return the pixels that show any of `parts`, bool [H, W]."""
+        renderer = self._scene()
+        scene, flags = renderer.scene, renderer.scene.flags
+        kept = flags.copy()
+        flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = True
+        try:
+            codes = renderer.draw().astype(np.int32)
+        finally:
+            flags[:] = kept
+        numbers = codes[..., 0] + (codes[..., 1] << 8) + (codes[..., 2] << 16)
+        background = {id_ for part in parts for id_ in self._scenery.geoms.get(part, ())}
+        shown = np.zeros(scene.ngeom + 1, bool)
+        shown[0] = "sky" in parts
+        for geom in scene.geoms[: scene.ngeom]:
+            is_part = geom.objid in background and geom.objtype == mujoco.mjtObj.mjOBJ_GEOM
+            shown[geom.segid + 1] |= bool(is_part and geom.segid >= 0)
+        return self._upright(shown[numbers])
+
+    def _upright(self, pixels: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(pixels[::-1, ::-1] if self._upside_down else pixels)
+
+
+def _camera(model: mujoco.MjModel, name: int | str | mujoco.MjvCamera | None) -> mujoco.MjvCamera:
+    """Return the camera that `name` stands for."""
+    if isinstance(name, mujoco.MjvCamera):
+        return name
+    camera = mujoco.MjvCamera()
+    if name is None or name == -1:
+        mujoco.mjv_defaultFreeCamera(model, camera)
+        return camera
+    names = [model.camera(i).name or str(i) for i in range(model.ncam)]
+    number = names.index(name) if name in names else int(name) if str(name).isdigit() else -1
+    if not 0 <= number < model.ncam:
+        raise UserError.unknown("camera", str(name), names)
+    camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED.value, number
+    return camera
+
+
+def _add_backdrop(scene: mujoco.MjvScene) -> None:
+    """Put a white, self-luminous wall behind everything in the scene."""
+    eye = scene.camera[0]
+    distance = 0.95 * eye.frustum_far
+    axes = np.stack([np.cross(eye.forward, eye.up), eye.up, -eye.forward], axis=1)
+    geom = scene.geoms[scene.ngeom]
+    mujoco.mjv_initGeom(
+        geom,
+        mujoco.mjtGeom.mjGEOM_BOX.value,
+        np.array([5 * distance, 5 * distance, 1e-4 * distance]),
+        (eye.pos + distance * eye.forward).astype(np.float64),
+        axes.astype(np.float64).ravel(),
+        np.ones(4, np.float32),
+    )
+    geom.emission = 1
+    scene.ngeom += 1
+
+
+def _background_geoms(model: mujoco.MjModel) -> dict[Part, list[int]]:
+    """Return the planes and terrains that are fixed to the world, visible, and level or checkered."""
+    fixed = model.body_weldid[model.geom_bodyid] == 0
+    shown = (model.geom_rgba[:, 3] > 0) & (model.geom_group < 3)
+    plane = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
+    terrain = model.geom_type == mujoco.mjtGeom.mjGEOM_HFIELD
+    # The third column of the rotation that a quaternion (w, x, y, z) stands for is the plane's normal.
+    _, x, y, _ = model.geom_quat.T
+    level = 1 - 2 * (x**2 + y**2) > 0.9
+    floor = terrain | (plane & (level | _has_material(model, "grid")))
+    walls = plane & _has_material(model, "background") & ~floor
+    found = {"floor": floor, "walls": walls}
+    parts = {part: np.flatnonzero(fixed & shown & which).tolist() for part, which in found.items()}
+    return {part: geoms for part, geoms in parts.items() if geoms}  # type: ignore[misc]
+
+
+def _has_material(model: mujoco.MjModel, name: str) -> np.ndarray:
+    """Return which geoms have the material of that name, bool [ngeom]."""
+    names = [model.material(i).name for i in range(model.nmat)]
+    return model.geom_matid == (names.index(name) if name in names else -2)
+
+
+def _sky_paint(model: mujoco.MjModel) -> dict[str, Paint]:
+    skies = np.flatnonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX)
+    if not len(skies):
+        return {}
+    texels = texture_data(model, int(skies[0]))[..., :3].reshape(-1, 3)
+    stars = (texels == 255).all(1)
+    brightest = texels[~stars].max(0) if not stars.all() else texels[0]
+    return {"sky": Paint(brightest / 255, texture=int(skies[0]))}
+
+
+def _floor_paints(model: mujoco.MjModel, floor: Sequence[int]) -> dict[str, Paint]:
+    if not floor:
+        return {}
+    material = int(model.geom_matid[floor[0]])
+    if material < 0:
+        return {"floor": Paint(model.geom_rgba[floor[0], :3].astype(np.float64), geoms=floor)}
+    texture = int(model.mat_texid[material, mujoco.mjtTextureRole.mjTEXROLE_RGB])
+    if texture < 0:
+        return {"floor": Paint(model.mat_rgba[material, :3].astype(np.float64), [material])}
+    texels = texture_data(model, texture)
+    height, width, _ = texels.shape
+    # A builtin checker is two by two cells; at most a third color marks their edges.
+    first, second = texels[height // 4, width // 4], texels[height // 4, 3 * width // 4]
+    checker = ((texels == first) | (texels == second)).all(-1).mean() > 0.9
+    if not checker or (first == second).all():
+        return {}
+    return {
+        "grid1": Paint(first / 255, texture=texture),
+        "grid2": Paint(second / 255, texture=texture),
+    }
+
+
+def _self_paint(model: mujoco.MjModel) -> dict[str, Paint]:
+    names = [model.material(i).name for i in range(model.nmat)]
+    if "self" in names:
+        material = names.index("self")
+        return {"self": Paint(model.mat_rgba[material, :3].astype(np.float64), [material])}
+    moving = np.flatnonzero(
+        (model.body_weldid[model.geom_bodyid] != 0)
+        & (model.geom_rgba[:, 3] > 0)
+        & (model.geom_group < 3)
+    )
+    looks: dict[tuple[int, bytes], list[int]] = {}
+    for geom in moving:
+        material = int(model.geom_matid[geom])
+        color = b"" if material >= 0 else model.geom_rgba[geom, :3].tobytes()
+        looks.setdefault((material, color), []).append(int(geom))
+    if not looks:
+        return {}
+    (material, _), geoms = max(looks.items(), key=lambda look: len(look[1]))
+    if material >= 0:
+        return {"self": Paint(model.mat_rgba[material, :3].astype(np.float64), [material])}
+    return {"self": Paint(model.geom_rgba[geoms[0], :3].astype(np.float64), geoms=geoms)}
+
+
+def _bytes(color: np.ndarray) -> np.ndarray:
+    return (np.clip(color, 0, 1) * 255).round().astype(np.uint8)

@@ -1,0 +1,222 @@
+"""The parent's side of a vector environment's members: this process, or one worker each.
+
+A member is sent a request and asked for the reply later, so that workers compute side by side.
+"""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from multiprocessing.reduction import send_handle
+from typing import Any
+
+import numpy as np
+
+from envs.worker import Factory, Group, serve
+from wrappers.errors import UserError
+
+# One thread each: N workers with a pool of threads each get in each other's way. Software GL is 20
+# to 27 % faster without threads of its own.
+THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "LP_NUM_THREADS": "0",
+}
+
+
+class WorkerError(RuntimeError):
+    """An environment in a worker raised, or a worker could not be replaced."""
+
+
+class FailureError(Exception):
+    """A worker died or hung; the text says how."""
+
+
+class Memory:
+    """Memory that worker processes map too; it has no name, so nothing is left when all are gone."""
+
+    def __init__(self) -> None:
+        self.handle = -1
+        self.map: mmap.mmap | None = None
+
+    def allocate(self, nbytes: int) -> None:
+        """Take the memory; workers are sent its handle."""
+        if hasattr(os, "memfd_create"):
+            self.handle = os.memfd_create("observations")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.handle = os.dup(file.fileno())
+        os.ftruncate(self.handle, nbytes)
+        self.map = mmap.mmap(self.handle, nbytes)
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+
+
+class Local:
+    """The environments when there are no workers: requests are answered when the reply is read."""
+
+    name = "this process"
+
+    def __init__(
+        self, factories: Sequence[Factory], number: int, envs: np.ndarray, timeout: float
+    ) -> None:
+        self.number, self.envs = number, envs
+        self._factories = factories
+        self._group: Group | None = None
+        self._request: tuple[str, tuple[Any, ...]] = ("", ())
+
+    def start(self) -> None:
+        """Build the environments; the reply describes them."""
+        self._group = Group(self._factories)
+        self.send("describe")
+
+    def attach(self, memory: Memory, num_envs: int) -> None:
+        """Ask for observations to be written into the memory."""
+        self.send("attach", memory.map, 0, num_envs)
+
+    def send(self, command: str, *arguments: Any) -> None:
+        """Ask for something."""
+        self._request = command, arguments
+
+    def receive(self, deadline: float) -> Any:
+        """Do what was asked and return the reply."""
+        command, arguments = self._request
+        return getattr(self._group, command)(*arguments)
+
+    def kill(self) -> None:
+        """Let go of the environments."""
+        self._group = None
+
+    def close(self, deadline: float) -> None:
+        """Close the environments."""
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+
+class Worker:
+    """A worker process and the pipe to it."""
+
+    def __init__(
+        self, factories: Sequence[Factory], number: int, envs: np.ndarray, timeout: float
+    ) -> None:
+        self.number, self.envs = number, envs
+        self.name = f"worker {number} (environments {envs[0]} to {envs[-1]})"
+        self._timeout = timeout
+        self._factories = pickle.dumps(list(factories))
+        self._command = "build"
+        self._process: Any = None
+        self._connection: Any = None
+
+    def start(self) -> None:
+        """Start the process and ask it to build its environments."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["gymnasium", "numpy"])
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=serve,
+            args=(theirs, self._factories, dict(os.environ) | THREADS),
+            name=self.name,
+            daemon=True,
+        )
+        # The fork server takes its environment from whoever starts it first.
+        with _environment(THREADS), _hidden_script(hide=b"__main__" not in self._factories):
+            self._process.start()
+        theirs.close()
+        self.send("build")
+
+    def attach(self, memory: Memory, num_envs: int) -> None:
+        """Ask for observations to be written into the memory."""
+        assert memory.map is not None
+        self.send("attach", len(memory.map), int(self.envs[0]), num_envs)
+        with suppress(OSError):
+            send_handle(self._connection, memory.handle, self._process.pid)
+
+    def send(self, command: str, *arguments: Any) -> None:
+        """Ask for something."""
+        self._command = command
+        if self._connection is not None:
+            with suppress(OSError):  # a dead worker is noticed when its reply is read
+                self._connection.send((command, arguments))
+
+    def receive(self, deadline: float) -> Any:
+        """Return the reply; raise `FailureError`, or what an environment raised."""
+        left = max(deadline - time.monotonic(), 0)
+        ready = wait([self._connection, self._process.sentinel], left)
+        if not ready:
+            raise FailureError(f"did not answer '{self._command}' within {self._timeout:g} s")
+        try:
+            if self._connection not in ready and not self._connection.poll():
+                raise EOFError
+            error, result = self._connection.recv()
+        except (EOFError, OSError):
+            raise FailureError(f"{self._end()} during '{self._command}'") from None
+        if isinstance(error, UserError):
+            raise error
+        if error is not None:
+            raise WorkerError(f"{self.name} raised in '{self._command}':\n{result}") from error
+        return result
+
+    def _end(self) -> str:
+        self._process.join(1)
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    def kill(self) -> None:
+        """End the process by force."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(5)
+            self._process.close()
+            self._connection.close()
+        self._process = self._connection = None
+
+    def close(self, deadline: float) -> None:
+        """Give the process until the deadline to end by itself."""
+        if self._process is not None:
+            self._process.join(max(deadline - time.monotonic(), 0))
+        self.kill()
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _hidden_script(hide: bool) -> Iterator[None]:
+    """Keep multiprocessing from running the user's script again in the worker.
+
+    It does so in order to unpickle what the script defines, and imports PyTorch with it.
+    """
+    script = sys.modules["__main__"]
+    if hide:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script

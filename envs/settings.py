@@ -1,0 +1,140 @@
+"""What a user asks of an environment, checked and completed before anything is built."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from envs.registry import TaskSpec, get_protocol, get_spec
+from envs.rendering import resolve_quality
+from wrappers.distraction.base import SPLITS, Split
+from wrappers.distraction.presets import DISTRACTIONS
+from wrappers.errors import UserError
+
+Observation = Literal["pixels", "state", "both"]
+_REPLACED = {"video_easy": {"sky"}, "video_hard": {"sky", "floor", "walls"}}
+"""What those distractions replace that do not repaint: a task without it stays as it is."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `envs.make`, which describes them."""
+
+    id: str
+    observation: Observation = "pixels"
+    distraction: str | None = None
+    seed: int | None = None
+    size: int = 84
+    frame_stack: int = 3
+    action_repeat: int | None = None
+    quality: Literal["auto", "reference", "fast"] = "auto"
+    camera: str | int | None = None
+    split: Split = "train"
+    videos: str | None = None
+    protocol: str | None = None
+    foreground_mask: bool = False
+    episode_length: int | None = None
+
+    def resolved(self) -> Settings:
+        """Return these settings without anything left open, so that they always mean the same.
+
+        Raises:
+            UserError: for the first argument that cannot be used.
+        """
+        spec = get_spec(self.id)
+        self._check()
+        settings = self._with_protocol(spec)
+        seed = np.random.SeedSequence().generate_state(1)[0] if self.seed is None else self.seed
+        settings = replace(
+            settings,
+            seed=int(seed),
+            quality=settings._resolved_quality(spec),
+            distraction=None if self.distraction == "clean" else self.distraction,
+            videos=None if self.videos is None else str(self.videos),
+            action_repeat=settings.action_repeat or spec.action_repeat,
+            camera=spec.camera if settings.camera is None else settings.camera,
+            episode_length=settings.episode_length or spec.episode_length,
+        )
+        settings._warn_if_nothing_changes(spec)
+        return settings
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as `envs.make` takes them and JSON can hold them."""
+        return asdict(self)
+
+    def _check(self) -> None:
+        _one_of("observation", self.observation, get_args(Observation))
+        _one_of("quality", self.quality, ("auto", "reference", "fast"))
+        _one_of("split", self.split, SPLITS)
+        if self.distraction is not None:
+            _one_of("distraction", self.distraction, ("clean", *DISTRACTIONS))
+        _whole_number("size", self.size, 8, 4096)
+        _whole_number("frame_stack", self.frame_stack, 1, 64)
+        for name in ("action_repeat", "episode_length"):
+            if getattr(self, name) is not None:
+                _whole_number(name, getattr(self, name), 1, 1_000_000_000)
+        if self.seed is not None:
+            _whole_number("seed", self.seed, 0, 2**63 - 1)
+        if self.camera is not None and (
+            isinstance(self.camera, bool) or not isinstance(self.camera, str | int)
+        ):
+            raise UserError(f"camera is {self.camera!r}; expected a camera's name or number")
+
+    def _with_protocol(self, spec: TaskSpec) -> Settings:
+        """Return the settings with what the protocol fixes; contradicting it is an error."""
+        if self.protocol is None:
+            return self
+        protocol = get_protocol(self.protocol, spec)
+        fixed: dict[str, Any] = {
+            "size": protocol.size,
+            "frame_stack": protocol.frame_stack,
+            "action_repeat": protocol.action_repeat_of(spec),
+            "camera": protocol.camera_of(spec),
+        }
+        for name, value in fixed.items():
+            given = getattr(self, name)
+            if given is not None and value is not None and given != value:
+                raise UserError(
+                    f"{name} is {given}, but protocol '{self.protocol}' fixes {value} for "
+                    f"{self.id}; leave out {name} or the protocol"
+                )
+        return replace(self, **{name: value for name, value in fixed.items() if value is not None})
+
+    def _resolved_quality(self, spec: TaskSpec) -> Literal["reference", "fast"]:
+        if spec.family == "toy" and self.quality == "auto":
+            return "reference"  # drawn without GL, which need not be there
+        try:
+            return resolve_quality(self.quality)
+        except UserError:
+            if self.observation == "state":
+                return "reference"  # nothing is to be drawn
+            raise
+
+    def _warn_if_nothing_changes(self, spec: TaskSpec) -> None:
+        """Warn where the usual camera shows nothing of what the distraction changes."""
+        if self.distraction is None or spec.background is None or self.camera != spec.camera:
+            return
+        replaced = _REPLACED.get(self.distraction)
+        changes = spec.background & replaced if replaced else spec.background
+        if not changes:
+            parts = " or ".join(sorted(replaced or ()))
+            missing = f"shows no {parts}" if parts else "has fixed colors"
+            warnings.warn(
+                f"{self.distraction} changes no pixel of {self.id}: its picture {missing}; "
+                "choose another distraction or camera",
+                stacklevel=4,
+            )
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError.unknown(name, str(value), known)
+
+
+def _whole_number(name: str, value: Any, low: int, high: int) -> None:
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not low <= value <= high:
+        raise UserError(f"{name} is {value!r}; expected a whole number from {low} to {high}")

@@ -1,0 +1,334 @@
+"""Tiny tasks drawn with NumPy: no simulator, no GL, tens of microseconds a step with its picture.
+
+Every agent's learning test runs on them in seconds. The picture has a sky, a checkered floor and
+colored bodies in front, so that every distraction that works on a MuJoCo scene works here too.
+
+Mean undiscounted returns over 2000 episodes, for the thresholds of learning tests:
+
+| task    | action          | steps | random | does nothing | best script | without velocity |
+| ------- | --------------- | ----- | ------ | ------------ | ----------- | ---------------- |
+| reach   | Box 2, velocity | 25    | 5.5    | 6.0          | 23.2        |                  |
+| balance | Box 1, force    | 40    | 5.9    | 5.9          | 38.3        | 16.5             |
+| catch   | Discrete 3      | <= 60 | 0.4    | 0.6          | 6.0         |                  |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from wrappers.errors import UserError
+from wrappers.view import Layers, Part
+
+HORIZON = -0.1
+"""Height of the line between sky and floor. Scenes span [-1, 1] in both directions, y points up."""
+
+# The defaults of dm_control's suite, so that color distractions mean the same here.
+COLORS = {
+    "grid1": np.array([0.1, 0.2, 0.3]),
+    "grid2": np.array([0.2, 0.3, 0.4]),
+    "self": np.array([0.7, 0.5, 0.3]),
+    "sky": np.array([0.4, 0.6, 0.8]),
+}
+TARGET = np.array([0.9, 0.2, 0.2])
+"""Color of what is to be reached: never repainted, so that the picture always tells the task."""
+
+
+class Body(NamedTuple):
+    """A disc of radius `width / 2`, or an upright box, in front of the background."""
+
+    shape: Literal["disc", "box"]
+    x: float
+    y: float
+    width: float
+    height: float
+    is_target: bool = False
+
+
+class ToyView:
+    """A `wrappers.view.View` of a toy task, anti-aliased: positions show to less than a pixel."""
+
+    parts: frozenset[Part] = frozenset(("sky", "floor"))
+
+    def __init__(self, task: ToyTask, height: int, width: int) -> None:
+        self.height, self.width = height, width
+        self._task = task
+        self._pixels_per_unit = min(height, width) / 2
+        x = (np.arange(width) + 0.5) * (2 / width) - 1
+        y = 1 - (np.arange(height) + 0.5) * (2 / height)
+        self._x, self._y = x.astype(np.float32), y.astype(np.float32)[:, None]
+        self._is_sky = self._y > HORIZON
+        self._cell = max(1, min(height, width) // 6)
+        self.set_colors({})
+
+    def render(self) -> np.ndarray:
+        """Return the picture, uint8 [H, W, 3]."""
+        return _rgb(self._draw(frozenset())[0])
+
+    def render_layers(self, hidden: frozenset[Part]) -> Layers:
+        """Return the picture without the `hidden` parts, and how far they would show."""
+        picture, clear = self._draw(hidden)
+        coverage = clear * self._rows(hidden)
+        # Bodies were drawn onto black: what shines through their edges is taken out of them again.
+        return Layers(_rgb(picture / np.maximum(1 - coverage, 1e-6)), coverage)
+
+    def foreground(self) -> np.ndarray:
+        """Return where bodies fill at least half of the pixel, bool [H, W]."""
+        return self._draw(frozenset())[1] <= 0.5
+
+    def colors(self) -> dict[str, np.ndarray]:
+        """Return the default colors by slot, float64 [3]."""
+        return {slot: color.copy() for slot, color in COLORS.items()}
+
+    def set_colors(self, colors: Mapping[str, np.ndarray]) -> None:
+        """Repaint the given slots; the others return to their defaults."""
+        for slot in set(colors) - set(COLORS):
+            raise UserError.unknown("color slot", slot, COLORS)
+        self._colors = {**COLORS, **colors}
+        self._backgrounds: dict[frozenset[Part], np.ndarray] = {}
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to free."""
+
+    def _rows(self, parts: frozenset[Part]) -> np.ndarray:
+        """Return which rows show one of the `parts`, bool [H, 1]."""
+        return (self._is_sky & ("sky" in parts)) | (~self._is_sky & ("floor" in parts))
+
+    def _background(self, hidden: frozenset[Part]) -> np.ndarray:
+        """Return sky and floor, float32 [3, H, W + a period of the checkers], 0 if `hidden`."""
+        if hidden not in self._backgrounds:
+            row, column = np.ogrid[: self.height, : self.width + 2 * self._cell]
+            is_odd = (row // self._cell + column // self._cell) % 2 == 1
+            grid1, grid2, sky = (
+                (255 * self._colors[slot])[:, None, None] for slot in ("grid1", "grid2", "sky")
+            )
+            scene = np.where(self._is_sky, sky, np.where(is_odd, grid1, grid2))
+            self._backgrounds[hidden] = (scene * ~self._rows(hidden)).astype(np.float32)
+        return self._backgrounds[hidden]
+
+    def _draw(self, hidden: frozenset[Part]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the picture, float32 [3, H, W], and how far no body covers it, float32 [H, W]."""
+        start = int(self._task.drifted * self.width / 2) % (2 * self._cell)
+        frame = self._background(hidden)[:, :, start : start + self.width]
+        clear = np.ones((self.height, self.width), np.float32)
+        for body in self._task.bodies():
+            alpha = self._alpha(body)
+            color = 255 * (TARGET if body.is_target else self._colors["self"])
+            beside = 1 - alpha
+            frame = frame * beside + alpha * color.astype(np.float32)[:, None, None]
+            clear *= beside
+        return frame, clear
+
+    def _alpha(self, body: Body) -> np.ndarray:
+        """Return how much of each pixel the body fills, float32 [H, W]."""
+        scale = self._pixels_per_unit
+        x, y = self._x - np.float32(body.x), self._y - np.float32(body.y)
+        if body.shape == "disc":
+            inside = (0.5 + scale * body.width / 2) - scale * np.sqrt(x * x + y * y)
+            return inside.clip(0, 1)
+        inside_x = (0.5 + scale * body.width / 2) - scale * np.abs(x)
+        inside_y = (0.5 + scale * body.height / 2) - scale * np.abs(y)
+        return inside_x.clip(0, 1) * inside_y.clip(0, 1)
+
+
+def _rgb(planes: np.ndarray) -> np.ndarray:
+    """Return float32 [3, H, W] in [0, 255] as uint8 [H, W, 3]."""
+    rounded = (planes + np.float32(0.5)).astype(np.uint8)
+    return np.ascontiguousarray(rounded.transpose(1, 2, 0))
+
+
+class ToyTask(gymnasium.Env):
+    """What the toy tasks share: time limit, seeding, picture, exact state.
+
+    Args:
+        episode_length: steps until `truncated`; None is the task's own.
+        drift: by how much the floor moves per step, in scene units (a picture is 2 wide).
+        render_mode: only "rgb_array".
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - as Gymnasium declares it
+    default_camera = "front"
+    default_episode_length: ClassVar[int]
+
+    def __init__(
+        self,
+        *,
+        episode_length: int | None = None,
+        drift: float = 0.0,
+        render_mode: str | None = "rgb_array",
+    ) -> None:
+        self.episode_length = episode_length or self.default_episode_length
+        self.render_mode = render_mode
+        self._drift = drift
+        self._steps = 0
+        self._scene = self._begin()
+        self._view: ToyView | None = None
+
+    @property
+    def drifted(self) -> float:
+        """How far the floor has moved in this episode, in scene units."""
+        return self._drift * self._steps
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode, which `seed` fully determines; without one the generator goes on."""
+        super().reset(seed=seed)
+        self._steps = 0
+        self._scene = self._begin()
+        return self._observation(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Advance by one step of the task."""
+        self._steps += 1
+        reward, terminated, info = self._advance(action)
+        truncated = not terminated and self._steps >= self.episode_length
+        return self._observation(), reward, terminated, truncated, info
+
+    def view(
+        self, height: int, width: int, camera: str | int | None = None, quality: str = "reference"
+    ) -> ToyView:
+        """Return a picture of the task; there is one camera, and both qualities are the same."""
+        if camera not in (None, 0, self.default_camera):
+            raise UserError.unknown("camera", str(camera), (self.default_camera,))
+        return ToyView(self, height, width)
+
+    def render(self) -> np.ndarray:
+        """Return the picture, uint8 [24, 24, 3]."""
+        self._view = self._view or self.view(24, 24)
+        return self._view.render()
+
+    def get_state(self) -> dict[str, Any]:
+        """Return everything that `set_state` needs to go on exactly."""
+        generator = self.np_random.bit_generator.state
+        return {"scene": self._scene.copy(), "steps": self._steps, "generator": generator}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._scene = state["scene"].copy()
+        self._steps = state["steps"]
+        self.np_random.bit_generator.state = state["generator"]
+
+    def _observation(self) -> np.ndarray:
+        """Return the state observation, float32."""
+        return self._scene.astype(np.float32)
+
+    def _begin(self) -> np.ndarray:
+        """Draw the first scene of an episode: every variable of the task, float64."""
+        raise NotImplementedError
+
+    def _advance(self, action: Any) -> tuple[float, bool, dict[str, Any]]:
+        """Move the scene by one step and return reward, terminated, info."""
+        raise NotImplementedError
+
+    def bodies(self) -> list[Body]:
+        """Return what stands before the background, the hindmost first."""
+        raise NotImplementedError
+
+
+class Reach(ToyTask):
+    """A point moves to a target: `action` is its velocity, the reward exp(-2 * distance) in (0, 1].
+
+    State: x and y of the point, x and y of the target. `info["success"]` is 1 within 0.15 of the
+    target.
+    """
+
+    default_episode_length = 25
+    observation_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    speed = 0.2
+
+    def _begin(self) -> np.ndarray:
+        return self.np_random.uniform(-0.85, 0.85, 4)
+
+    def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
+        x, y, target_x, target_y = self._scene.tolist()
+        x = min(max(x + self.speed * min(max(float(action[0]), -1), 1), -1), 1)
+        y = min(max(y + self.speed * min(max(float(action[1]), -1), 1), -1), 1)
+        self._scene = np.array((x, y, target_x, target_y))
+        distance = math.hypot(x - target_x, y - target_y)
+        return math.exp(-2 * distance), False, {"success": float(distance < 0.15)}
+
+    def bodies(self) -> list[Body]:
+        """Return the target and the point in front of it."""
+        x, y, target_x, target_y = self._scene.tolist()
+        return [
+            Body("box", target_x, target_y, 0.4, 0.4, is_target=True),
+            Body("disc", x, y, 0.36, 0.36),
+        ]
+
+
+class Balance(ToyTask):
+    """A ball on a hilltop is to be held over a mark: `action` is a force.
+
+    The reward is exp(-3 * abs(x)), and x'' = 3 x + 8 action by explicit Euler steps of 0.1: a force
+    that depends on the position alone feeds the swing, so one picture is not enough and a stack of
+    frames is. State: position and velocity of the ball.
+    """
+
+    default_episode_length = 40
+    observation_space = gymnasium.spaces.Box(
+        np.array((-1, -4), np.float32), np.array((1, 4), np.float32)
+    )
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def _begin(self) -> np.ndarray:
+        return self.np_random.uniform((-0.6, -1.0), (0.6, 1.0))
+
+    def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
+        x, velocity = self._scene.tolist()
+        force = min(max(float(action[0]), -1), 1)
+        x, velocity = x + 0.1 * velocity, velocity + 0.1 * (3 * x + 8 * force)
+        if abs(x) > 1:  # the walls at both ends swallow the ball's speed
+            x, velocity = math.copysign(1, x), 0.0
+        self._scene = np.array((x, min(max(velocity, -4), 4)))
+        return math.exp(-3 * abs(x)), False, {}
+
+    def bodies(self) -> list[Body]:
+        """Return the mark and the ball."""
+        return [
+            Body("box", 0, -0.45, 0.2, 0.5, is_target=True),
+            Body("disc", float(self._scene[0]), 0, 0.5, 0.5),
+        ]
+
+
+class Catch(ToyTask):
+    """A paddle catches falling balls: a catch pays 1, a miss terminates.
+
+    Actions: left, stay, right. State: x of the paddle, x and y of the ball.
+    """
+
+    default_episode_length = 60
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
+    speed, reach, ground = 0.25, 0.3, -0.8
+
+    def _begin(self) -> np.ndarray:
+        return np.array((0.0, self.np_random.uniform(-0.85, 0.85), 0.9))
+
+    def _advance(self, action: int) -> tuple[float, bool, dict[str, Any]]:
+        paddle, x, y = self._scene.tolist()
+        paddle = min(max(paddle + self.speed * (int(action) - 1), -1), 1)
+        y -= 0.2
+        is_down = y < self.ground
+        is_caught = is_down and abs(x - paddle) <= self.reach
+        if is_caught:
+            x, y = self.np_random.uniform(-0.85, 0.85), 0.9
+        self._scene = np.array((paddle, x, y))
+        return float(is_caught), is_down and not is_caught, {}
+
+    def bodies(self) -> list[Body]:
+        """Return the paddle and the ball."""
+        paddle, x, y = self._scene.tolist()
+        return [
+            Body("box", paddle, self.ground, 0.5, 0.2),
+            Body("disc", x, y, 0.3, 0.3, is_target=True),
+        ]
+
+
+TASKS: dict[str, type[ToyTask]] = {"reach": Reach, "balance": Balance, "catch": Catch}
+"""The toy tasks by the name that follows `toy/`."""

@@ -1,0 +1,111 @@
+"""argparse from config dataclasses: every field is a flag, grouped, with its default and its source."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar, Union
+
+from agents.core.errors import UserError
+from agents.core.settings import field_docs
+from experiments.packages import check_packages
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports mistakes as one line."""
+
+    def __init__(self, **keywords: Any) -> None:
+        keywords.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the whole usage."""
+        if message.startswith("unrecognized arguments: "):
+            given = message.removeprefix("unrecognized arguments: ").split()
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            for argument in given:
+                if argument.startswith("--"):
+                    raise UserError.unknown("flag", argument.split("=")[0], flags)
+        raise UserError(f"{message} (see --help)")
+
+
+def add_dataclass(
+    parser: argparse.ArgumentParser, title: str, defaults: Any, skip: Sequence[str] = ()
+) -> None:
+    """Add a group with one flag per field of `defaults`, a dataclass instance.
+
+    Flags that are not given are absent from the namespace, so that presets and saved configs can fill them.
+    """
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(type(defaults))
+    docs = field_docs(defaults.__class__)
+    for field in dataclasses.fields(defaults):
+        if field.name in skip:
+            continue
+        value = getattr(defaults, field.name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        text = f"{docs.get(field.name, '')} [{shown}]".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        group.add_argument(
+            flag, dest=field.name, default=argparse.SUPPRESS, help=text, **_flag(hints[field.name])
+        )
+
+
+def fill(defaults: T, *sources: Mapping[str, Any]) -> T:
+    """Return `defaults` with every field that a source names replaced; later sources win."""
+    names = {field.name for field in dataclasses.fields(defaults)}  # type: ignore[arg-type]
+    changes = {key: value for source in sources for key, value in source.items() if key in names}
+    return dataclasses.replace(defaults, **changes)  # type: ignore[type-var]
+
+
+def _flag(hint: Any) -> dict[str, Any]:
+    """Return argparse keywords for a field's type."""
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = [part for part in typing.get_args(hint) if part is not type(None)][:1]
+        return _flag(inner)
+    if origin is Literal:
+        return {"choices": typing.get_args(hint), "metavar": "|".join(typing.get_args(hint))}
+    if origin is tuple:
+        first = typing.get_args(hint)[0]
+        return {"nargs": "+", "type": first, "action": _Tuple, "metavar": first.__name__.upper()}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+class _Tuple(argparse.Action):
+    """Stores a list of values as a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def run_command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Wrap a command: a user's mistake prints one line and exits with 2, ours keeps its traceback.
+
+    Errors of the user are exceptions with `exit_code`, whichever package raised them.
+    """
+
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            check_packages()
+            return main(argv) or 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            code = getattr(error, "exit_code", None)
+            if code is None:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return code
+
+    wrapped.__doc__ = main.__doc__
+    return wrapped

@@ -1,0 +1,209 @@
+"""Evaluate a run under distractions that it never saw.
+
+    python -m experiments.evaluate runs/dmc-cartpole-swingup/sgqn-seed1
+    python -m experiments.evaluate RUN --distractions clean video_hard --episodes 100 --checkpoint best
+    python -m experiments.evaluate RUN --videos ~/DAVIS/JPEGImages --workers 2
+
+Writes evaluations/<name>.json into the run folder, with a video and saliency pictures for every distraction. Colors and
+videos come from the test split, which training cannot draw from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import envs
+from agents import Policy
+from agents.core.agent import as_observation
+from agents.core.errors import UserError
+from agents.core.seeding import spawn_seeds
+from experiments.arguments import Parser, run_command
+from experiments.rollouts import Episodes, random_policy, run_episodes
+from experiments.runs import write_json
+from wrappers.distraction.presets import CLEAN
+from wrappers.distraction.presets import DISTRACTIONS as KNOWN
+
+DISTRACTIONS = ("clean", "color_hard", "video_easy", "video_hard")
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    p = Parser(prog="python -m experiments.evaluate", description=__doc__)
+    p.add_argument("run", type=Path, help="run folder that training wrote")
+    p.add_argument(
+        "--distractions", nargs="+", default=list(DISTRACTIONS), metavar="NAME",
+        help=f"what to evaluate under [{' '.join(DISTRACTIONS)}]",
+    )  # fmt: skip
+    p.add_argument("--episodes", type=int, default=10, help="episodes per distraction [10]")
+    p.add_argument("--seed", type=int, default=0, help="seed of the episodes [0]")
+    p.add_argument(
+        "--checkpoint", default="latest", help="latest, best or a checkpoint's name [latest]"
+    )
+    p.add_argument("--split", default="test", choices=("train", "validation", "test"),
+                   help="which colors and videos [test]")  # fmt: skip
+    p.add_argument("--videos", help="folder of videos or image folders; none plays procedural ones")
+    p.add_argument("--num-envs", type=int, default=5, help="parallel environments [5]")
+    p.add_argument(
+        "--workers", type=int, default=2, help="worker processes; results do not depend on them [2]"
+    )
+    p.add_argument("--device", default="cpu", help="where the policy acts [cpu]")
+    p.add_argument("--media", action="store_true", default=True, help="write videos and saliency")
+    p.add_argument("--no-media", dest="media", action="store_false", help="numbers only")
+    p.add_argument("--name", help="name of the result [step-..-<split>-seed..]")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace an evaluation of the same name"
+    )
+    return p
+
+
+@run_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    arguments = parser().parse_args(argv)
+    if arguments.episodes < 1 or arguments.num_envs < 1 or arguments.workers < 0:
+        raise UserError("--episodes and --num-envs must be at least 1, --workers at least 0")
+    file = evaluate_run(
+        arguments.run,
+        distractions=arguments.distractions,
+        episodes=arguments.episodes,
+        seed=arguments.seed,
+        checkpoint=arguments.checkpoint,
+        split=arguments.split,
+        videos=arguments.videos,
+        num_envs=arguments.num_envs,
+        workers=arguments.workers,
+        device=arguments.device,
+        media=arguments.media,
+        name=arguments.name,
+        overwrite=arguments.overwrite,
+    )
+    print(f"wrote {file}")
+    return 0
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    distractions: Sequence[str] = DISTRACTIONS,
+    episodes: int = 10,
+    seed: int = 0,
+    checkpoint: str = "latest",
+    split: str = "test",
+    videos: str | None = None,
+    num_envs: int = 5,
+    workers: int = 2,
+    device: str = "cpu",
+    media: bool = True,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Evaluate a run folder, write evaluations/<name>.json, and return that file.
+
+    Raises:
+        UserError: no run there, an unknown distraction, or a result of that name exists.
+    """
+    for distraction in distractions:
+        if distraction not in (CLEAN, *KNOWN):
+            raise UserError.unknown("distraction", distraction, (CLEAN, *KNOWN))
+    policy = Policy.load(run, checkpoint=checkpoint, device=device)
+    task = policy.config["env"]
+    counts = policy.progress
+    name = name or f"step-{counts['agent_steps']:09d}-{split}-seed{seed}"
+    file = run / "evaluations" / f"{name}.json"
+    if file.exists() and not overwrite:
+        raise UserError(f"'{file}' exists; use --overwrite, or another --name")
+    keywords = {**task, "split": split, "videos": videos or task["videos"], "seed": seed}
+    num_envs = min(num_envs, episodes)
+    result: dict[str, Any] = {
+        **counts,
+        "checkpoint": policy.checkpoint,
+        "seed": seed,
+        "split": split,
+        "videos": keywords["videos"] or "procedural",
+        "num_envs": num_envs,
+        "episodes_per_distraction": episodes,
+        "results": {},
+    }
+    bar = tqdm(total=episodes * (len(distractions) + 1), unit="episode", disable=None, leave=False)
+    children = spawn_seeds(seed)[1]
+    for distraction in ("random policy", *distractions):
+        bar.set_description(distraction)
+        is_random = distraction == "random policy"
+        keywords["distraction"] = None if is_random or distraction == "clean" else distraction
+        before = bar.n
+        vector = envs.make_vec(num_envs=num_envs, workers=min(workers, num_envs), **keywords)
+        try:
+            act = random_policy(vector, children["exploration"]) if is_random else policy.act
+            seen = run_episodes(
+                act,
+                vector,
+                episodes,
+                seed=children["evaluation"],
+                record=media and not is_random,
+                progress=lambda count, start=before: bar.update(start + count - bar.n),  # type: ignore[misc]
+            )
+        finally:
+            vector.close()
+        row = {"returns": seen.returns, "success": seen.success or None, "lengths": seen.lengths}
+        if is_random:
+            result["random_policy"] = row
+            continue
+        result["results"][distraction] = row
+        if media:
+            _write_media(file.with_suffix(""), distraction, seen, policy)
+    bar.close()
+    write_json(file, result)
+    print(summary(result))
+    return file
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return the table that a person reads after an evaluation."""
+    lines = [
+        f"{result['agent_steps']:,} agent steps, {result['env_frames']:,} environment frames, "
+        f"{result['gradient_updates']:,} gradient updates; "
+        f"{result['episodes_per_distraction']} episodes each, {result['split']} split",
+        f"{'':>14}  {'mean':>7}  {'std':>6}  {'min':>6}  {'max':>6}  success",
+    ]
+    for name, row in {"random policy": result["random_policy"], **result["results"]}.items():
+        r = np.asarray(row["returns"])
+        rate = f"{np.mean(row['success']):7.0%}" if row["success"] else "      -"
+        lines.append(
+            f"{name:>14}  {r.mean():7.1f}  {r.std():6.1f}  {r.min():6.1f}  {r.max():6.1f}  {rate}"
+        )
+    return "\n".join(lines)
+
+
+def _write_media(folder: Path, distraction: str, seen: Episodes, policy: Policy) -> None:
+    """Write <distraction>.mp4 and <distraction>_saliency.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = enlarge(np.stack(seen.frames))
+    iio.imwrite(folder / f"{distraction}.mp4", frames, fps=25, macro_block_size=2)
+    if not seen.observations:
+        return
+    device = policy.device
+    batches = [as_observation(observation, device) for observation in seen.observations[:4]]
+    observation = {key: torch.cat([batch[key][:1] for batch in batches]) for key in batches[0]}
+    action, _, _ = policy.agent.act(observation, explore=False)
+    pictures = policy.agent.images(observation, torch.as_tensor(action, device=device))
+    if "saliency" in pictures:
+        picture = enlarge(pictures["saliency"][None])[0]
+        iio.imwrite(folder / f"{distraction}_saliency.png", picture)
+
+
+def enlarge(frames: np.ndarray, side: int = 192) -> np.ndarray:
+    """Repeat pixels of [T, H, W, 3] until the width of one square is about `side`; sides stay even."""
+    factor = max(2, side // min(frames.shape[1:3]))
+    factor += factor % 2
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,226 @@
+"""The report's figures as PNG bytes: readable in grey, on a phone, and by color-blind eyes.
+
+Agents differ in color, line style and marker at once. The colors are Okabe and Ito's, ordered so
+that neighbors differ in lightness too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.typing import LineStyleType
+
+from experiments.report_runs import Run
+from experiments.report_scores import Curve, Summary, align, curve, return_tags
+from experiments.statistics import Statistic
+
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
+LINES: tuple[LineStyleType, ...] = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1, 1, 1)),
+    (0, (1, 1)),
+    (0, (7, 2)),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+Style = tuple[str, LineStyleType, str]
+MAX_PANELS = 12
+"""Of what else was logged; losses and times come first."""
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#555555",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+}
+
+
+def learning_curves(summary: Summary, env_id: str, statistic: Statistic) -> bytes | None:
+    """Draw returns in training and in evaluation over agent steps, with 95 % bands over seeds."""
+    runs = [run for group in summary.of(env_id) for run in group.runs]
+    panels = return_tags(runs)
+
+    def draw(axes: Axes, tag: str) -> None:
+        axes.set_title(panels[tag])
+        axes.set_ylabel("return per episode")
+        if env_id in summary.random:
+            axes.axhline(
+                summary.random[env_id].mean, color="#777777", lw=1, ls=(0, (2, 3)), label="random"
+            )
+        for group in summary.of(env_id):
+            line = curve(group.runs, tag, statistic)
+            if line is not None:
+                _band(axes, group.agent, _style(summary, group.agent), line)
+
+    return _grid(list(panels), _step_label(runs), draw)
+
+
+def diagnostics(summary: Summary, env_id: str) -> bytes | None:
+    """Draw everything else that was logged (losses, times, norms) as means over seeds."""
+    runs = [run for group in summary.of(env_id) for run in group.runs]
+    tags = {tag for run in runs for tag in run.series if not tag.startswith(("train/", "eval/"))}
+
+    def draw(axes: Axes, tag: str) -> None:
+        axes.set_title(tag)
+        axes.set_ylabel(_unit(tag))
+        for group in summary.of(env_id):
+            aligned = align(group.runs, tag)
+            if aligned is not None:
+                steps, values = aligned
+                color, dashes, _ = _style(summary, group.agent)
+                axes.plot(steps, values.mean(0), color=color, ls=dashes, label=group.agent)
+
+    return _grid(sorted(tags, key=_panel_order)[:MAX_PANELS], _step_label(runs), draw)
+
+
+def generalization(summary: Summary, env_id: str) -> bytes | None:
+    """Draw the mean return under every distraction with its interval."""
+    names = summary.distractions(env_id)
+    groups = [group for group in summary.of(env_id) if group.scores]
+    if not names:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+        axes = figure.subplots()
+        if env_id in summary.random:
+            random = summary.random[env_id]
+            axes.axhspan(random.low, random.high, color="#dddddd", lw=0)
+            axes.axhline(random.mean, color="#777777", lw=1, ls=(0, (2, 3)), label="random")
+        for index, group in enumerate(groups):
+            color, _, marker = _style(summary, group.agent)
+            places = [i for i, name in enumerate(names) if name in group.scores]
+            scores = [group.scores[names[i]] for i in places]
+            shift = 0.12 * (index - (len(groups) - 1) / 2)
+            means = np.array([score.mean for score in scores])
+            axes.errorbar(
+                np.array(places) + shift,
+                means,
+                yerr=[means - [s.low for s in scores], [s.high for s in scores] - means],
+                fmt=marker,
+                color=color,
+                markeredgecolor="black",
+                markeredgewidth=0.5,
+                markersize=6,
+                capsize=3,
+                elinewidth=1.4,
+                label=_counted(group.agent, max(score.runs for score in scores)),
+            )
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.grid(axis="x", visible=False)
+        axes.set_ylabel("return per episode")
+        axes.set_xlabel("distraction in evaluation")
+        _legend(figure, [axes])
+        return _png(figure)
+
+
+def _band(axes: Axes, agent: str, style: Style, line: Curve) -> None:
+    color, dashes, marker = style
+    axes.plot(
+        line.steps,
+        line.point,
+        color=color,
+        ls=dashes,
+        marker=marker,
+        markevery=max(1, len(line.steps) // 8),
+        label=_counted(agent, line.seeds),
+    )
+    if line.seeds > 1:
+        axes.fill_between(line.steps, line.low, line.high, color=color, alpha=0.18, lw=0)
+        for limit in (line.low, line.high):
+            axes.plot(line.steps, limit, color=color, lw=0.5, alpha=0.6)
+
+
+def _grid(tags: list[str], label: str, draw: Callable[[Axes, str], None]) -> bytes | None:
+    """Draw one panel per tag, two in a row, under one shared legend."""
+    if not tags:
+        return None
+    columns = min(2, len(tags))
+    rows = -(-len(tags) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 0.6 + 2.3 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, tag in zip(panels, tags, strict=False):
+            draw(axes, tag)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.set_xlim(left=0)
+        for axes in panels[len(tags) :]:
+            axes.remove()
+        figure.supxlabel(label, fontsize=9)
+        _legend(figure, panels[: len(tags)])
+        return _png(figure)
+
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    entries: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="outside upper left",
+            ncols=min(5, len(entries)),
+            handlelength=2.6,
+            columnspacing=1.4,
+        )
+
+
+def _style(summary: Summary, agent: str) -> Style:
+    """Return an agent's look, the same in every figure of a report."""
+    index = sorted({group.agent for group in summary.groups}).index(agent)
+    return COLORS[index % 7], LINES[index % 7], MARKERS[index % 7]
+
+
+def _counted(agent: str, seeds: int) -> str:
+    return f"{agent} (n = {seeds})"
+
+
+def _step_label(runs: list[Run]) -> str:
+    repeats = sorted({str(run.config["env"].get("action_repeat")) for run in runs} - {"None"})
+    if not repeats:
+        return "agent steps"
+    return f"agent steps (environment frames = agent steps × {' or '.join(repeats)})"
+
+
+def _unit(tag: str) -> str:
+    if tag.endswith("_ms"):
+        return "ms per agent step"
+    if tag.endswith("_per_second"):
+        return "1 / s"
+    if tag.endswith("fps"):
+        return "frames / s"
+    return "loss" if tag.startswith("loss/") else "value"
+
+
+def _panel_order(tag: str) -> tuple[int, str]:
+    order = ("loss/", "time/")
+    return next((i for i, prefix in enumerate(order) if tag.startswith(prefix)), len(order)), tag
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No creation time or version inside: the same runs give the same bytes.
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,250 @@
+"""Run folders read into memory for a report.
+
+Only a folder that is no run stops a report; whatever is missing inside one becomes a sentence in
+the run's `notes`.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.core.errors import UserError
+from experiments.runs import SCHEMA
+
+VIDEO_SUFFIXES = (".mp4", ".gif")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Episodes under one distraction."""
+
+    returns: np.ndarray
+    """float64 [episodes], finite."""
+    success: float | None
+    """Share of successful episodes in [0, 1], where the simulator knows success."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The newest evaluation of a run, by distraction; files of the same checkpoint are merged."""
+
+    agent_steps: int
+    checkpoint: str
+    split: str
+    backgrounds: str
+    """Where the videos behind the agent came from: `procedural` or a folder."""
+    results: dict[str, Result] = field(default_factory=dict)
+    videos: dict[str, Path] = field(default_factory=dict)
+    saliency: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One training run, i.e. one seed of one agent on one task."""
+
+    path: Path
+    agent: str
+    env_id: str
+    seed: int | None
+    config: dict[str, Any]
+    system: dict[str, Any]
+    command: str
+    counters: dict[str, float] = field(default_factory=dict)
+    """Last agent_steps, env_frames, gradient_updates and wall_seconds; empty without metrics."""
+    series: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """tag -> (agent steps [P], values [P]), finite, in order of logging."""
+    evaluation: Evaluation | None = None
+    random_returns: list[tuple[float, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Name this run as tables do."""
+        return f"{self.agent}, {self.env_id}, seed {'?' if self.seed is None else self.seed}"
+
+
+def find_runs(arguments: Iterable[Path]) -> list[Path]:
+    """Return the run folders that paths, folders of runs and glob patterns name, each once.
+
+    Raises:
+        UserError: an argument that names no run.
+    """
+    found: dict[Path, Path] = {}
+    for argument in arguments:
+        paths = [argument]
+        if not argument.exists() and glob.has_magic(str(argument)):
+            paths = [Path(name) for name in sorted(glob.glob(str(argument)))]
+        runs = [run for path in paths for run in _runs_below(path, depth=3)]
+        if not runs:
+            raise UserError(
+                f"'{argument}' is not a run folder and holds none (a run has a config.json); "
+                "give folders that `python -m experiments.train` wrote"
+            )
+        found.update({run.resolve(): run for run in runs if run.resolve() not in found})
+    return list(found.values())
+
+
+def _runs_below(path: Path, depth: int) -> Iterator[Path]:
+    if (path / "config.json").is_file():
+        yield path
+    elif depth and path.is_dir():
+        for child in sorted(path.iterdir()):
+            yield from _runs_below(child, depth - 1)
+
+
+def read_run(path: Path) -> Run:
+    """Read one run folder.
+
+    Raises:
+        UserError: its config.json is broken, incomplete or of another schema.
+    """
+    config_path = path / "config.json"
+    try:
+        config = json.loads(config_path.read_text())
+        agent, env_id = str(config["agent"]), str(config["env"]["id"])
+        seed, schema = config.get("train", {}).get("seed"), config.get("schema", SCHEMA)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{config_path}' is not a run's configuration ({type(error).__name__}: {error}); "
+            "leave this folder out or restore the file"
+        ) from error
+    if schema != SCHEMA:
+        raise UserError(
+            f"'{config_path}' has schema {schema}, this version reads {SCHEMA}; "
+            "make the report with the version that trained the run"
+        )
+    run = Run(path, agent, env_id, seed, config, {}, "")
+    try:
+        run.command = (path / "command.txt").read_text().strip()
+    except OSError:
+        run.notes.append("command.txt is missing, so the command is unknown")
+    run.system = _read_json(path / "system.json", run.notes)
+    _read_metrics(run)
+    _read_evaluations(run)
+    return run
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        reason = (
+            "is missing" if isinstance(error, FileNotFoundError) else f"is unreadable ({error})"
+        )
+        notes.append(f"{path.name} {reason}")
+        return {}
+    return content
+
+
+def _read_metrics(run: Run) -> None:
+    """Fill `series` and `counters`; a run that was killed may end in half a line."""
+    counters = ("agent_steps", "env_frames", "gradient_updates", "wall_seconds")
+    rows: list[tuple[list[float], str]] = []
+    broken = 0
+    try:
+        with (run.path / "metrics.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    rows.append(([float(row[c]) for c in (*counters, "value")], row["tag"]))
+                except (KeyError, TypeError, ValueError):
+                    broken += 1
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        run.notes.append(f"metrics.csv cannot be read ({error}), so there are no learning curves")
+        return
+    if broken:
+        run.notes.append(f"metrics.csv has {broken} unreadable line(s), left out")
+    if not rows:
+        run.notes.append("metrics.csv is empty, so there are no learning curves")
+        return
+    numbers = np.array([values for values, _ in rows])
+    steps = numbers[:, 0]
+    # A resumed run goes back to its checkpoint and logs from there again. What the killed process
+    # logged after that checkpoint is an abandoned future: a smaller step stands further down.
+    kept = steps <= np.minimum.accumulate(steps[::-1])[::-1]
+    finite = np.isfinite(numbers).all(axis=1)
+    if (kept & ~finite).any():
+        run.notes.append(f"{(kept & ~finite).sum()} logged value(s) are not finite, left out")
+    run.counters = dict(zip(counters, numbers[kept][-1, :4].tolist(), strict=True))
+    tags = np.array([tag for _, tag in rows])
+    for tag in np.unique(tags[kept & finite]):
+        chosen = kept & finite & (tags == tag)
+        run.series[str(tag)] = (steps[chosen], numbers[chosen, 4])
+
+
+def _read_evaluations(run: Run) -> None:
+    """Merge the files of the newest evaluated checkpoint; a newer file wins per distraction."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for path in sorted((run.path / "evaluations").glob("*.json")):
+        content = _read_json(path, run.notes)
+        if _is_evaluation(content):
+            found.append((path, content))
+        elif content:
+            run.notes.append(f"evaluations/{path.name} is not an evaluation, left out")
+    for _, content in found:
+        random = content.get("random_policy")
+        returns = _finite(random.get("returns") if isinstance(random, dict) else None)
+        if len(returns):
+            run.random_returns.append(tuple(returns.tolist()))
+    # The test split is what is reported; a validation split may have chosen the checkpoint.
+    found = [item for item in found if item[1].get("split", "test") == "test"] or found
+    if not found:
+        run.notes.append("it was not evaluated, so it is missing from the generalization table")
+        return
+    _, newest = max(found, key=lambda item: (item[1]["agent_steps"], item[0].name))
+    run.evaluation = Evaluation(
+        newest["agent_steps"],
+        str(newest.get("checkpoint", "")),
+        str(newest.get("split", "test")),
+        str(newest.get("videos", "procedural")),
+    )
+    protocol = ("agent_steps", "checkpoint", "split", "videos")
+    for path, content in found:
+        if all(content.get(key) == newest.get(key) for key in protocol):
+            _merge(run, path, content["results"])
+
+
+def _merge(run: Run, path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Add one file's results, and the media in the folder of its name, to the run's evaluation."""
+    evaluation = run.evaluation
+    assert evaluation is not None
+    for name, result in results.items():
+        returns, success = _finite(result["returns"]), _finite(result.get("success"))
+        if len(returns) < max(1, len(result["returns"])):
+            run.notes.append(f"{name}: some returns are missing or not finite, left out")
+        if not len(returns):
+            continue
+        evaluation.results[name] = Result(returns, float(success.mean()) if len(success) else None)
+        media = path.with_suffix("")
+        for video in (media / f"{name}{suffix}" for suffix in VIDEO_SUFFIXES):
+            if video.is_file():
+                evaluation.videos[name] = video
+        if (media / f"{name}_saliency.png").is_file():
+            evaluation.saliency[name] = media / f"{name}_saliency.png"
+
+
+def _is_evaluation(content: Mapping[str, Any]) -> bool:
+    results = content.get("results")
+    return (
+        isinstance(content.get("agent_steps"), int)
+        and isinstance(results, dict)
+        and all(
+            isinstance(r, dict) and isinstance(r.get("returns"), list) for r in results.values()
+        )
+    )
+
+
+def _finite(values: Any) -> np.ndarray:
+    """Return the finite numbers of a JSON list (or of nothing), float64 [N]."""
+    numbers = [v for v in values or [] if isinstance(v, (int, float)) and math.isfinite(v)]
+    return np.array(numbers, dtype=np.float64)

@@ -1,0 +1,231 @@
+"""A training session: everything that a run folder's config describes, built, resumed and closed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import envs
+from agents import make_agent
+from agents.core.agent import Agent, as_observation
+from agents.core.checkpoints import CheckpointStore
+from agents.core.logging import Logger, Progress
+from agents.core.loops import Hooks, LoopSettings, OffPolicyLoop
+from agents.core.replay import Batch, Replay
+from agents.core.seeding import spawn_seeds
+from agents.core.settings import from_dict
+from agents.policy import space_to_json
+from agents.registry import find
+from experiments.evaluate import enlarge
+from experiments.rollouts import run_episodes
+from experiments.runs import write_json
+
+
+class Session:
+    """Environments, agent, replay, loop, logger and checkpoints of one run.
+
+    Args:
+        run: the run folder (config.json stands in it).
+        config: its content; keys as `experiments.train.new_config` writes them.
+        resume: continue from the newest whole checkpoint.
+    """
+
+    def __init__(self, run: Path, config: dict[str, Any], *, resume: bool) -> None:
+        self.run, self.config = run, config
+        seeds = spawn_seeds(config["train"]["seed"])[1]
+        self.settings = from_dict(
+            LoopSettings,
+            {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")},
+        )
+        self.evaluation_seed = seeds["evaluation"]
+        self.envs = envs.make_vec(**config["vector"], **config["env"])
+        self._evaluation_envs: Any = None
+        try:
+            self._build(seeds, resume)
+        except BaseException:
+            self.envs.close()
+            raise
+
+    def _build(self, seeds: Mapping[str, int], resume: bool) -> None:
+        config = self.config
+        space = self.envs.single_observation_space
+        self.replay = Replay(
+            space,
+            self.envs.single_action_space,
+            capacity=self.settings.replay_capacity,
+            num_envs=self.envs.num_envs,
+            frame_stack=config["env"]["frame_stack"],
+            device=config["device"],
+            storage=config["replay_storage"],
+            directory=self.run / "replay-memory",
+            seed=seeds["replay"],
+        )
+        self.agent = self.make_agent(seeds["agent"])
+        self.checkpoints = CheckpointStore(self.run, keep=self.settings.keep_checkpoints)
+        parts = self.checkpoints.load(replay=self.replay) if resume else None
+        steps = parts["progress"]["agent_steps"] if parts else None
+        self.logger = Logger(self.run, resume_from=steps)
+        self.loop = OffPolicyLoop(
+            self.agent,
+            self.envs,
+            self.replay,
+            self.settings,
+            logger=self.logger,
+            checkpoints=self.checkpoints,
+            action_repeat=config["env"]["action_repeat"],
+            seed=seeds["exploration"],
+            hooks=Hooks(evaluate=self.evaluate, render_seconds=self._render_seconds),
+        )
+        if parts:
+            self.loop.resume(parts)
+        else:
+            config["spaces"] = {
+                "observation": space_to_json(space),
+                "action": space_to_json(self.envs.single_action_space),
+            }
+            write_json(self.run / "config.json", config)
+            self.logger.text("config", _as_table(config))
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def make_agent(self, seed: int) -> Agent:
+        """Build an agent as the config says."""
+        spec = find(self.config["agent"])
+        configs = [
+            from_dict(type(config), self.config["configs"][type(config).__name__])
+            for config in spec.configs
+        ]
+        return make_agent(
+            self.config["agent"],
+            self.envs.single_observation_space,
+            self.envs.single_action_space,
+            configs=configs,
+            device=self.config["device"],
+            seed=seed,
+        )
+
+    def train(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Run the loop to its end, or until `stop` says so."""
+        self.loop.hooks.stop = stop
+        self.loop.run()
+
+    def evaluate(self, progress: Progress) -> dict[str, float]:
+        """Run the training task greedily from fixed seeds; log a video and what the agent looks at."""
+        episodes = self.settings.eval_episodes
+        if self._evaluation_envs is None:
+            keywords = {**self.config["env"], "seed": self.evaluation_seed}
+            workers = min(self.config["vector"]["workers"], episodes)
+            self._evaluation_envs = envs.make_vec(num_envs=episodes, workers=workers, **keywords)
+        device = self.config["device"]
+
+        def act(observation: Any) -> np.ndarray:
+            return self.agent.act(as_observation(observation, device), explore=False)[0]
+
+        seen = run_episodes(
+            act, self._evaluation_envs, episodes, seed=self.evaluation_seed, record=True
+        )
+        if seen.observations and self.config["env"]["observation"] != "state":
+            observation = as_observation(seen.observations[len(seen.observations) // 2], device)
+            action = torch.as_tensor(act(seen.observations[len(seen.observations) // 2]))
+            pictures = self.agent.images(observation, action.to(device))
+            self.logger.images({f"images/{k}": v for k, v in pictures.items()}, progress)
+            video = enlarge(np.stack(seen.frames[:250]), side=128)
+            self.logger.video("eval/video", video, progress)
+        values = {
+            "eval/clean/return_mean": float(np.mean(seen.returns)),
+            "eval/clean/return_std": float(np.std(seen.returns)),
+        }
+        if seen.success:
+            values["eval/clean/success"] = float(np.mean(seen.success))
+        return values
+
+    def estimate(self) -> str:
+        """Return one line on the time, memory and disk that the rest of the run will take.
+
+        Time is measured on a twin of the agent and fresh environments, so that nothing of the run is touched.
+        """
+        left = self.settings.steps - self.loop.state.progress.agent_steps
+        twin, settings = self.make_agent(seed=0), self.agent.replay_settings
+        batch = _random_batch(self.envs, settings.batch_size, self.config["device"])
+        update = _seconds_per_call(lambda: twin.update(batch), calls=6, warmup=2)
+        probe = envs.make_vec(num_envs=1, workers=0, **self.config["env"])
+        probe.reset(seed=0)
+        step = _seconds_per_call(
+            lambda: probe.step(probe.action_space.sample()), calls=10, warmup=2
+        )
+        probe.close()
+        seconds = left * (self.settings.updates_per_step * update + step)
+        rows = min(self.settings.replay_capacity, self.settings.steps)
+        bytes_per_row = self.replay.nbytes / (self.replay.ring * self.replay.num_envs)
+        weights = sum(
+            tensor.numel() * tensor.element_size()
+            for network in self.agent.networks().values()
+            for tensor in network.state_dict().values()
+        )
+        disk = rows * bytes_per_row + (self.settings.keep_checkpoints * 3 + 1) * weights
+        free = shutil.disk_usage(self.run).free
+        return (
+            f"estimate: {seconds / 60:.0f} min for {left:,} agent steps "
+            f"({1000 * update:.0f} ms an update, {1000 * step:.1f} ms a step), "
+            f"{rows * bytes_per_row / 1e9:.2f} GB of replay memory, "
+            f"{disk / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)"
+        )
+
+    def close(self) -> None:
+        """Close environments and logger."""
+        self.envs.close()
+        if self._evaluation_envs is not None:
+            self._evaluation_envs.close()
+        self.logger.close()
+
+    def _render_seconds(self) -> float:
+        return float(sum(self.envs.call("render_seconds")))
+
+
+def _random_batch(vector: Any, batch_size: int, device: str) -> Batch:
+    space, action = vector.single_observation_space, vector.single_action_space
+    samples = [space.sample() for _ in range(batch_size)]
+    if isinstance(samples[0], Mapping):
+        stacked: Any = {key: np.stack([s[key] for s in samples]) for key in samples[0]}
+    else:
+        stacked = np.stack(samples)
+    observation = {
+        key: torch.nan_to_num(value.clamp(-10, 10)) if value.is_floating_point() else value
+        for key, value in as_observation(stacked, torch.device(device)).items()
+    }
+    ones = torch.ones(batch_size, device=device)
+    actions = torch.as_tensor(np.stack([action.sample() for _ in range(batch_size)]), device=device)
+    ids = torch.zeros(batch_size, dtype=torch.int64)
+    return Batch(observation, actions, ones, 0.99 * ones, observation, ids, {})
+
+
+def _seconds_per_call(call: Callable[[], Any], *, calls: int, warmup: int) -> float:
+    for _ in range(warmup):
+        call()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def _as_table(config: Mapping[str, Any], prefix: str = "") -> str:
+    """Return a config as a markdown table for TensorBoard."""
+    rows: list[str] = [] if prefix else ["| setting | value |", "| --- | --- |"]
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            rows.append(_as_table(value, f"{prefix}{key}."))
+        else:
+            rows.append(f"| {prefix}{key} | {value} |")
+    return "\n".join(rows)

@@ -1,0 +1,114 @@
+"""What the scripts set beside agent and task: parallelism, and presets that fit a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import envs
+from agents.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class VectorSettings:
+    """How many environments, and where they run."""
+
+    num_envs: int = 1
+    """Parallel environments."""
+    workers: int = 0
+    """Worker processes for them; 0 steps them in the learner's process. Results do not depend on it."""
+    timeout: float = 60.0
+    """Seconds until a silent worker is replaced."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no vector environment can run with."""
+        if self.num_envs < 1 or self.workers < 0 or self.timeout <= 0:
+            raise UserError(
+                f"num_envs is {self.num_envs}, workers {self.workers}, timeout {self.timeout}; "
+                "give at least 1, at least 0, more than 0"
+            )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Published settings: 84 pixels, the benchmark's encoder, 1024 units.
+    "gpu": {},
+    # Two cores: an update of SGQN takes tens of milliseconds instead of seconds.
+    "cpu": {
+        "size": 48,
+        "encoder": "small",
+        "hidden": (256, 256),
+        "feature_dim": 50,
+        "batch_size": 128,
+        "decoder_channels": (32, 16),
+        "replay_capacity": 100_000,
+        "steps": 13_000,
+        "random_steps": 500,
+        "eval_every": 2_500,
+        "checkpoint_every": 2_500,
+        "log_every": 250,
+        "noise_steps": 6_000,
+    },
+    # Half a minute from start to report, to see that everything works.
+    "debug": {
+        "size": 32,
+        "encoder": "small",
+        "hidden": (64, 64),
+        "feature_dim": 20,
+        "batch_size": 16,
+        "decoder_channels": (8, 8),
+        "replay_capacity": 5_000,
+        "steps": 400,
+        "random_steps": 100,
+        "eval_every": 200,
+        "eval_episodes": 1,
+        "checkpoint_every": 200,
+        "log_every": 100,
+    },
+}
+"""Values that replace the defaults of the fields they name, in whichever config has them."""
+
+
+def find_preset(name: str, device: str) -> dict[str, Any]:
+    """Return a preset's values; `auto` is `gpu` on CUDA devices and `cpu` elsewhere."""
+    if name == "auto":
+        name = "gpu" if device.startswith("cuda") else "cpu"
+    if name not in PRESETS:
+        raise UserError.unknown("preset", name, ["auto", *PRESETS])
+    return PRESETS[name]
+
+
+def protocol_values(name: str | None, env: str) -> dict[str, Any]:
+    """Return what a literature's protocol fixes, as field values; those of the task it checks itself.
+
+    Numbers that are compared with published ones need the published pixels, so the quality is `reference`.
+    """
+    if name is None:
+        return {}
+    spec = envs.get_spec(env)
+    protocol = envs.get_protocol(name, spec)
+    return {
+        "protocol": name,
+        "size": protocol.size,
+        "frame_stack": protocol.frame_stack,
+        "action_repeat": protocol.action_repeat_of(spec),
+        "camera": protocol.camera_of(spec),
+        "quality": "reference",
+        "encoder": protocol.encoder,
+        "updates_per_step": protocol.updates_per_step,
+        "batch_size": protocol.batch_size,
+    }
+
+
+def check_device(device: str) -> str:
+    """Resolve `auto` and reject devices that are not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device '{device}' is not available here; use cpu, cuda or cuda:N"
+        ) from error
+    return device

@@ -1,0 +1,198 @@
+"""Train an agent on a task, from pixels or a state.
+
+    python -m experiments.train --agent sgqn --env dmc/cartpole-swingup
+    python -m experiments.train --agent drqv2 --env dmc/walker-walk --protocol drqv2 --device cuda
+    python -m experiments.train --resume runs/dmc-cartpole-swingup/sgqn-seed1 --steps 26000
+
+Every field of the agent's config is a flag; `--help` shows those of the agent that `--agent` names. Values come from
+the dataclasses' defaults, then --preset, then --protocol, then the flags given. A run folder holds everything: config,
+command, metrics.csv, TensorBoard events, checkpoints, replay. `--resume` goes on exactly where the run was saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import envs
+from agents import AGENTS
+from agents.core.errors import UserError
+from agents.core.loops import LoopSettings
+from agents.core.seeding import spawn_seeds
+from agents.core.settings import from_dict, to_dict
+from agents.policy import read_config
+from agents.registry import find
+from envs.settings import Settings
+from experiments.arguments import Parser, add_dataclass, fill, run_command
+from experiments.runs import SCHEMA, begin_run, default_run_dir, write_json
+from experiments.session import Session
+from experiments.settings import (
+    PRESETS,
+    VectorSettings,
+    check_device,
+    find_preset,
+    protocol_values,
+)
+
+DEFAULT_AGENT, DEFAULT_ENV = "sgqn", "dmc/cartpole-swingup"
+RESUMABLE = (
+    "steps",
+    "log_every",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+"""What --resume may change; everything else would make the run another one."""
+
+
+def parser(agent: str) -> Parser:
+    """Return the command's parser, with the flags of one agent."""
+    spec = find(agent)
+    p = Parser(prog="python -m experiments.train", description=__doc__)
+    p.add_argument("--agent", default=DEFAULT_AGENT, metavar="NAME",
+                   help="; ".join(f"{name}: {s.summary}" for name, s in AGENTS.items()))  # fmt: skip
+    p.add_argument("--env", default=DEFAULT_ENV, metavar="ID",
+                   help=f"task id, see --list [{DEFAULT_ENV}]")  # fmt: skip
+    p.add_argument("--list", action="store_true", help="list all task ids and leave")
+    p.add_argument("--preset", default="auto", metavar="|".join(["auto", *PRESETS]),
+                   help="values that fit a machine; auto is gpu on CUDA devices, else cpu [auto]")  # fmt: skip
+    p.add_argument("--seed", type=int, help="of everything; none draws one and says which")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    p.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of the learner [torch's own]"
+    )
+    p.add_argument("--run-dir", type=Path, metavar="DIR",
+                   help="where the run is kept [runs/<task>/<agent>-seed<seed>]")  # fmt: skip
+    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
+    p.add_argument("--replay-storage", default="auto", choices=("auto", "device", "ram", "mmap"),
+                   help="where the replay lies; auto: device, else RAM, else a file [auto]")  # fmt: skip
+    add_dataclass(p, "task", Settings(DEFAULT_ENV), skip=("id", "seed", "foreground_mask"))
+    add_dataclass(p, "parallel environments", VectorSettings())
+    add_dataclass(p, "loop", LoopSettings())
+    for config in spec.configs:
+        add_dataclass(p, f"{type(config).__name__} ({agent})", config)
+    return p
+
+
+@run_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--agent", default=DEFAULT_AGENT)
+    first.add_argument("--resume", type=Path)
+    known, _ = first.parse_known_args(argv)
+    agent = read_config(known.resume)["agent"] if known.resume else known.agent
+    given = vars(parser(agent).parse_args(argv))
+    if given["list"]:
+        print("\n".join(envs.list_ids()))
+        return 0
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
+    if given["resume"]:
+        run, config = resumed_config(given, sys.argv[1:] if argv is None else list(argv))
+    else:
+        config = new_config(given)
+        run = given["run_dir"] or default_run_dir(agent, given["env"], config["train"]["seed"])
+    train(run, config, resume=bool(given["resume"]))
+    return 0
+
+
+def new_config(given: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json's content for parsed flags: everything resolved, nothing left to defaults."""
+    device = check_device(given["device"])
+    preset = find_preset(given["preset"], device)
+    protocol = protocol_values(given.get("protocol"), given["env"])
+    sources = (preset, protocol, given)
+    seed, seeds = spawn_seeds(given["seed"])
+    if seed < 0:
+        raise UserError(f"seed is {seed}; give 0 or more")
+    task = fill(
+        Settings(given["env"]), *({k: v for k, v in s.items() if k != "seed"} for s in sources)
+    )
+    task = fill(task, {"seed": seeds["environment"]}).resolved()
+    loop = fill(LoopSettings(), *sources)
+    vector = fill(VectorSettings(), *sources)
+    configs = [fill(config, *sources) for config in find(given["agent"]).configs]
+    return {
+        "schema": SCHEMA,
+        "agent": given["agent"],
+        "env": task.as_dict(),
+        "vector": to_dict(vector),
+        "train": {**to_dict(loop), "num_envs": vector.num_envs, "seed": seed},
+        "configs": {type(config).__name__: to_dict(config) for config in configs},
+        "device": device,
+        "replay_storage": given["replay_storage"],
+        "preset": given["preset"],
+    }
+
+
+def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """Return the run folder and its config with what --resume may change.
+
+    Raises:
+        UserError: a flag is given that would make it another run.
+    """
+    run = given["resume"]
+    config = read_config(run)
+    allowed = {"--resume", "--device", "--threads"} | {
+        f"--{n.replace('_', '-')}" for n in RESUMABLE
+    }
+    for argument in argv:
+        flag = argument.split("=")[0]
+        if flag.startswith("--") and flag not in allowed:
+            raise UserError(
+                f"{flag} cannot change with --resume (it would be another run); "
+                f"{', '.join(sorted(allowed))} can"
+            )
+    if given["device"] != "auto":
+        config["device"] = check_device(given["device"])
+    config["train"] |= {name: given[name] for name in RESUMABLE if name in given}
+    return run, config
+
+
+def train(run: Path, config: dict[str, Any], *, resume: bool = False) -> None:
+    """Train as `config` says, in the folder `run`."""
+    loop = {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")}
+    from_dict(LoopSettings, loop)  # reject bad values before anything is written
+    if not resume:
+        begin_run(run, config)
+    with Session(run, config, resume=resume) as session:
+        print(f"run folder: {run}")
+        print(session.estimate())
+        with stop_on_signal() as stopped:
+            session.train(stopped)
+        if resume:
+            write_json(run / "config.json", config)
+    state = session.loop.state
+    print(
+        f"{'stopped' if stopped() else 'finished'} after {state.progress.agent_steps:,} agent steps = "
+        f"{state.progress.env_frames:,} environment frames, {state.progress.gradient_updates:,} gradient "
+        f"updates, {state.progress.wall_seconds / 60:.1f} min\n"
+        f"next: python -m experiments.evaluate {run}"
+    )
+
+
+class stop_on_signal:
+    """Context in which SIGTERM asks the loop to save and leave; enters as a function that tells."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._asked = False
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return lambda: self._asked
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

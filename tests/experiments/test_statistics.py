@@ -1,0 +1,112 @@
+"""Aggregates and their bootstrap intervals against SciPy, plain loops and sums done by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from experiments.statistics import interquartile_mean, mean, median, stratified_bootstrap
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays(
+        np.float64,
+        st.tuples(st.integers(1, 13), st.integers(1, 4)),
+        elements=st.floats(-1e3, 1e3),
+    )
+)
+def test_interquartile_mean_equals_scipys_trimmed_mean(values: np.ndarray) -> None:
+    expected = scipy.stats.trim_mean(values, 0.25, axis=0)
+    np.testing.assert_allclose(interquartile_mean(values), expected, rtol=1e-12, atol=1e-9)
+
+
+def test_interquartile_mean_by_hand_ignores_a_collapsed_and_a_lucky_run() -> None:
+    scores = np.array([0.0, 500.0, 600.0, 700.0, 800.0, 5000.0, 650.0, 750.0])
+    assert interquartile_mean(scores) == (600 + 650 + 700 + 750) / 4
+    assert mean(scores) == 9000 / 8
+    assert median(scores) == (650 + 700) / 2
+
+
+def test_interval_of_two_runs_approaches_the_four_resamples_that_exist() -> None:
+    # Of {0, 10} the resamples 0-0, 0-10, 10-0 and 10-10 are equally likely, so the means are
+    # 0, 5, 5, 10: the central 40 % is exactly [5, 5], the central 60 % reaches both ends.
+    narrow = stratified_bootstrap([[0.0, 10.0]], confidence=0.4)
+    assert (narrow.point, narrow.low, narrow.high) == (5.0, 5.0, 5.0)
+    wide = stratified_bootstrap([[0.0, 10.0]], confidence=0.6)
+    assert (wide.point, wide.low, wide.high) == (5.0, 0.0, 10.0)
+
+
+def test_three_runs_agree_with_all_27_resamples_enumerated() -> None:
+    scores = [3.0, 7.0, 20.0]
+    means = np.sort([np.mean(draw) for draw in itertools.product(scores, repeat=3)])
+    interval = stratified_bootstrap([scores], confidence=0.8, repetitions=40_000)
+    # The exact 10 % and 90 % points lie inside flat steps of the distribution, away from its jumps.
+    assert interval.low == pytest.approx(means[int(0.1 * 27)])
+    assert interval.high == pytest.approx(means[int(0.9 * 27)])
+
+
+@pytest.mark.parametrize("statistic", [mean, median, interquartile_mean])
+def test_vectorized_bootstrap_equals_a_plain_loop_over_resamples(statistic) -> None:
+    rng = np.random.default_rng(3)
+    strata = [rng.normal(size=(5, 2)), rng.normal(5.0, 2.0, size=(8, 2))]
+    interval = stratified_bootstrap(strata, statistic, repetitions=300, seed=11, confidence=0.9)
+
+    draws = np.random.default_rng(11)
+    indices = [draws.integers(len(task), size=(len(task), 300)) for task in strata]
+    replicates = []
+    for r in range(300):
+        pooled = [task[i] for task, index in zip(strata, indices, strict=True) for i in index[:, r]]
+        replicates.append(statistic(np.array(pooled)))
+    low, high = np.quantile(replicates, [0.05, 0.95], axis=0)
+    np.testing.assert_allclose(interval.low, low)
+    np.testing.assert_allclose(interval.high, high)
+    np.testing.assert_allclose(interval.point, statistic(np.concatenate(strata)))
+
+
+def test_strata_keep_their_number_of_runs_so_task_difficulty_adds_no_spread() -> None:
+    # Runs agree within each task; only a resampling that mixes tasks could give an interval.
+    interval = stratified_bootstrap([[10.0, 10.0, 10.0], [900.0, 900.0]])
+    assert interval.low == interval.high == interval.point == (30 + 1800) / 5
+    mixed = stratified_bootstrap([[10.0, 10.0, 10.0, 900.0, 900.0]])
+    assert mixed.high - mixed.low > 300
+
+
+def test_a_run_is_resampled_whole_along_its_learning_curve() -> None:
+    # The two points of each run sum to 100; independent resampling of points would break the sum.
+    curves = np.array([[10.0, 90.0], [40.0, 60.0], [80.0, 20.0]])
+    sums = stratified_bootstrap([curves], lambda values: values.mean(0).sum(-1))
+    assert sums.low == pytest.approx(100.0)
+    assert sums.high == pytest.approx(100.0)
+
+
+def test_coverage_of_the_mean_is_near_nominal_for_many_runs() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        interval = stratified_bootstrap([rng.normal(7.0, 3.0, 30)], repetitions=500, seed=trial)
+        hits += bool(interval.low <= 7.0 <= interval.high)
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_same_seed_same_interval_and_another_seed_another() -> None:
+    scores = [np.random.default_rng(1).normal(size=10)]
+    first, again = (stratified_bootstrap(scores, seed=5) for _ in range(2))
+    other = stratified_bootstrap(scores, seed=6)
+    assert (first.low, first.high) == (again.low, again.high)
+    assert (first.low, first.high) != (other.low, other.high)
+
+
+@pytest.mark.parametrize(
+    ("strata", "confidence"),
+    [([], 0.95), ([[1.0], []], 0.95), ([[1.0, np.nan]], 0.95), ([[1.0, 2.0]], 1.0)],
+)
+def test_impossible_input_is_refused(strata, confidence) -> None:
+    with pytest.raises(ValueError, match=r"run|finite|confidence"):
+        stratified_bootstrap(strata, confidence=confidence)

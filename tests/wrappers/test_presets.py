@@ -1,0 +1,55 @@
+"""Distractions by name."""
+
+import doctest
+from pathlib import Path
+
+import pytest
+
+from wrappers.distraction import presets
+from wrappers.distraction.color import RandomColors
+from wrappers.distraction.folder import VideoFolder
+from wrappers.distraction.presets import DISTRACTIONS, make_distraction
+from wrappers.distraction.textures import ProceduralVideos
+from wrappers.distraction.video import VideoBackground
+from wrappers.errors import UserError
+
+
+def test_names_mean_what_the_benchmark_calls_them() -> None:
+    assert DISTRACTIONS == ("color_easy", "color_hard", "video_easy", "video_hard")
+    assert make_distraction(None) is None
+    assert make_distraction("clean") is None
+    made = {name: make_distraction(name, split="test") for name in DISTRACTIONS}
+    assert all(distraction.split == "test" for distraction in made.values())
+    easy, hard = made["color_easy"], made["color_hard"]
+    assert isinstance(easy, RandomColors)
+    assert isinstance(hard, RandomColors)
+    assert (easy.deviation, hard.deviation) == (0.10, 0.19)
+    easy, hard = made["video_easy"], made["video_hard"]
+    assert isinstance(easy, VideoBackground)
+    assert isinstance(hard, VideoBackground)
+    assert (easy.hidden, hard.hidden) == ({"sky"}, {"sky", "floor", "walls"})
+    assert isinstance(hard.source, ProceduralVideos)
+
+
+@pytest.mark.filterwarnings("ignore:.*too few to keep")
+def test_a_folder_replaces_generated_videos_only_where_videos_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "clip.gif").write_bytes(b"anything")
+    video = make_distraction("video_easy", videos=tmp_path)
+    assert isinstance(video, VideoBackground)
+    assert isinstance(video.source, VideoFolder)
+    make_distraction("color_hard", videos=tmp_path / "missing")
+    with pytest.raises(UserError, match="no video folder"):
+        make_distraction("video_hard", videos=tmp_path / "missing")
+
+
+def test_wrong_names_get_the_nearest() -> None:
+    with pytest.raises(
+        UserError, match=r"unknown distraction 'video_hrad'; did you mean video_hard"
+    ):
+        make_distraction("video_hrad")
+    with pytest.raises(UserError, match=r"unknown split 'tset'; did you mean test"):
+        make_distraction("clean", split="tset")  # type: ignore[arg-type]
+
+
+def test_the_example_in_the_docstring_runs() -> None:
+    assert doctest.testmod(presets).failed == 0

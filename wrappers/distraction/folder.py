@@ -1,0 +1,205 @@
+"""One's own videos as backgrounds: a folder of video files, of folders of frames, or of pictures.
+
+Fits DAVIS (`JPEGImages/480p/<video>/00000.jpg`: a folder of frames is a video), RealEstate10K and
+the videos of DMC-GB (a tree of mp4 files), and loose pictures (each stands still). Files are
+decoded once, at the size that the agent sees, and kept within a bound on memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from wrappers.distraction.base import SPLITS, Split
+from wrappers.errors import UserError
+
+VIDEO_FILES = frozenset((".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".gif"))
+IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
+
+MAX_FRAMES = 1000
+"""Frames that are read of a video; 21 MB at 84 x 84."""
+
+SHARES = (0.6, 0.2, 0.2)
+"""Parts of the videos that go to train, validation and test."""
+
+
+class FrameSequence:
+    """Decoded frames, uint8 [T, H, W, 3], played forth and back so that no cut is ever seen."""
+
+    def __init__(self, frames: np.ndarray) -> None:
+        self.frames = frames
+        self.length = len(frames)
+
+    def frame(self, t: int) -> np.ndarray:
+        """Return frame `t`, uint8 [H, W, 3]."""
+        place = t % max(1, 2 * self.length - 2)
+        return self.frames[min(place, 2 * self.length - 2 - place)]
+
+
+class VideoFolder:
+    """The source of the videos under a folder; a video's name is its path below it.
+
+    Args:
+        folder: searched with all its subfolders.
+        max_bytes: decoded videos are forgotten, the longest unused first, when they take more.
+
+    Raises:
+        UserError: the folder is missing, has no videos, or has files that cannot be videos.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int = 256 * 2**20) -> None:
+        self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise UserError(f"no video folder '{folder}'; give a folder of videos or images")
+        self._files = dict(sorted(_find_videos(self.folder)))
+        if not self._files:
+            known = " ".join(sorted(VIDEO_FILES | IMAGE_FILES))
+            raise UserError(f"no videos in '{folder}'; expected files of the kinds {known}")
+        self._names = split_names(list(self._files))
+        if len(self._files) < len(SPLITS):
+            warnings.warn(
+                f"'{folder}' holds {len(self._files)} video(s), too few to keep some for testing: "
+                "train, validation and test will all show the same; give at least 3",
+                stacklevel=2,
+            )
+        self._max_bytes = max_bytes
+        self._opened: OrderedDict[tuple[str, int, int], FrameSequence] = OrderedDict()
+
+    def names(self, split: Split) -> list[str]:
+        """Return the names of the split's videos."""
+        return self._names[split]
+
+    def draw(self, rng: np.random.Generator, split: Split) -> str:
+        """Draw one of the split's videos."""
+        return self._names[split][rng.integers(len(self._names[split]))]
+
+    def open(self, name: str, height: int, width: int) -> FrameSequence:
+        """Return the video, its middle cropped to the aspect ratio and averaged to the size.
+
+        Raises:
+            UserError: the video is gone or cannot be decoded.
+        """
+        if name not in self._files:
+            raise UserError(f"no video '{name}' in '{self.folder}'; was the folder changed?")
+        key = (name, height, width)
+        if key not in self._opened:
+            files = self._files[name]
+            decode = _decode_video if files[0].suffix.lower() in VIDEO_FILES else _decode_images
+            self._opened[key] = FrameSequence(decode(files, height, width))
+        self._opened.move_to_end(key)
+        while len(self._opened) > 1 and self._bytes() > self._max_bytes:
+            self._opened.popitem(last=False)
+        return self._opened[key]
+
+    def _bytes(self) -> int:
+        return sum(video.frames.nbytes for video in self._opened.values())
+
+
+def split_names(names: list[str]) -> dict[Split, list[str]]:
+    """Divide videos among the splits: disjoint, the same on every machine, whatever their order.
+
+    With fewer than three videos every split has all of them.
+    """
+    if len(names) < len(SPLITS):
+        return {split: sorted(names) for split in SPLITS}
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    validation, test = (max(1, round(share * len(names))) for share in SHARES[1:])
+    train = len(names) - validation - test
+    return {
+        "train": sorted(ranked[:train]),
+        "validation": sorted(ranked[train : train + validation]),
+        "test": sorted(ranked[train + validation :]),
+    }
+
+
+def _find_videos(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """Yield name and files of every video: a video file, a loose image, a folder's frames."""
+    frames: dict[Path, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        kind = path.suffix.lower()
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if kind in VIDEO_FILES:
+            if not _is_whole(path):
+                raise _broken(path, "it is empty or cut off")
+            yield path.relative_to(folder).as_posix(), [path]
+        elif kind in IMAGE_FILES:
+            is_loose = path.parent == folder
+            frames.setdefault(path if is_loose else path.parent, []).append(path)
+    for place, files in frames.items():
+        yield place.relative_to(folder).as_posix(), files
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a video file can be one, from a few bytes: finds what downloads leave behind.
+
+    The mp4 family is a row of boxes, each led by its length; a file that was cut off lacks the end
+    of one, and without `moov` nothing can be decoded. Of other kinds only emptiness is found here.
+    """
+    size = path.stat().st_size
+    if path.suffix.lower() not in (".mp4", ".m4v", ".mov"):
+        return size > 0
+    place, kinds = 0, set()
+    with path.open("rb") as file:
+        while place < size:
+            file.seek(place)
+            head = file.read(16)
+            if len(head) < 8:
+                return False
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:  # the length follows in 64 bits
+                length = int.from_bytes(head[8:16], "big")
+            elif length == 0:  # up to the end of the file
+                length = size - place
+            kinds.add(head[4:8])
+            if length < 8:
+                return False
+            place += length
+    return place == size and b"moov" in kinds
+
+
+def _decode_video(files: list[Path], height: int, width: int) -> np.ndarray:
+    """Return the video's frames, uint8 [T, H, W, 3]; ffmpeg crops and averages while it decodes."""
+    crop = f"crop='min(iw,ih*{width}/{height})':'min(ih,iw*{height}/{width})'"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(files[0])]
+    command += ["-vf", f"{crop},scale={width}:{height}:flags=area", "-frames:v", str(MAX_FRAMES)]
+    # passthrough: every frame of the file once, whatever its clock says.
+    command += ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    frames = np.frombuffer(run.stdout, np.uint8)
+    if run.returncode != 0 or frames.size == 0:
+        lines = run.stderr.decode(errors="replace").strip().splitlines()
+        raise _broken(files[0], lines[-1] if lines else "it has no frames")
+    return frames.reshape(-1, height, width, 3)
+
+
+def _decode_images(files: list[Path], height: int, width: int) -> np.ndarray:
+    """Return images as frames, uint8 [T, H, W, 3]."""
+    frames = np.empty((min(len(files), MAX_FRAMES), height, width, 3), np.uint8)
+    for frame, path in zip(frames, files, strict=False):
+        try:
+            with Image.open(path) as image:
+                image.draft(
+                    "RGB", (2 * width, 2 * height)
+                )  # JPEG decodes faster at lower resolution
+                across = min(image.width, image.height * width / height)
+                down = min(image.height, image.width * height / width)
+                left, top = (image.width - across) / 2, (image.height - down) / 2
+                box = (left, top, left + across, top + down)
+                rgb = image.convert("RGB").resize((width, height), Image.Resampling.BOX, box)
+                frame[:] = np.asarray(rgb)
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise _broken(path, str(error)) from error
+    return frames
+
+
+def _broken(path: Path, why: str) -> UserError:
+    return UserError(f"cannot read '{path}': {why}; repair the file or remove it from the folder")

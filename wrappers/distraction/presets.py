@@ -1,0 +1,59 @@
+"""Distractions by name, as commands and `envs.make` know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from wrappers.distraction.base import SPLITS, Distraction, Split
+from wrappers.distraction.color import EASY, HARD, RandomColors
+from wrappers.distraction.folder import VideoFolder
+from wrappers.distraction.textures import ProceduralVideos
+from wrappers.distraction.video import SKY, SURROUNDINGS, VideoBackground, VideoSource
+from wrappers.errors import UserError
+
+CLEAN = "clean"
+"""The name of no distraction."""
+
+Videos = str | Path | None
+"""A folder of videos or images, or None: generate them."""
+
+
+def _source(videos: Videos) -> VideoSource:
+    return VideoFolder(videos) if videos else ProceduralVideos()
+
+
+PRESETS: dict[str, Callable[[Split, Videos], Distraction]] = {
+    "color_easy": lambda split, _: RandomColors(EASY, split),
+    "color_hard": lambda split, _: RandomColors(HARD, split),
+    "video_easy": lambda split, videos: VideoBackground(_source(videos), SKY, split),
+    "video_hard": lambda split, videos: VideoBackground(_source(videos), SURROUNDINGS, split),
+}
+
+DISTRACTIONS = tuple(PRESETS)
+"""Every name but `clean`."""
+
+
+def make_distraction(
+    name: str | None, *, split: Split = "train", videos: Videos = None
+) -> Distraction | None:
+    """Return the distraction of that name, or None for None and "clean".
+
+    >>> make_distraction("video_hard", split="test").hidden == {"sky", "floor", "walls"}
+    True
+
+    Args:
+        name: one of `DISTRACTIONS`.
+        split: whose colors and videos to draw; what one split shows, no other does.
+        videos: where backgrounds come from; repainted scenes ignore it.
+
+    Raises:
+        UserError: the name or the split is unknown, or the folder has no videos.
+    """
+    if split not in SPLITS:
+        raise UserError.unknown("split", split, SPLITS)
+    if name is None or name == CLEAN:
+        return None
+    if name not in PRESETS:
+        raise UserError.unknown("distraction", name, (CLEAN, *DISTRACTIONS))
+    return PRESETS[name](split, videos)

@@ -1,0 +1,169 @@
+"""What an agent sees of a simulator: action repeat, distraction, frame stack."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from wrappers.distraction.base import Distraction
+from wrappers.view import View
+
+if TYPE_CHECKING:
+    Observation = np.ndarray | dict[str, np.ndarray]
+
+# Keeps the distraction's stream apart from the simulator's, which is seeded with the bare seed:
+# the same seed begins the same episodes under every distraction.
+DISTRACTION_STREAM = 0xD157
+
+
+class Pixels(gymnasium.Wrapper):
+    """Turns a simulator's adapter into the environment that agents act in.
+
+    One step repeats the action, sums the rewards, stops at the episode's end, and renders once:
+    nothing is rendered where the observation is only the state. GL is not touched before the first
+    picture.
+
+    Args:
+        env: an adapter: a Gymnasium environment with a flat state observation, `view`,
+            `get_state`, `set_state`.
+        observation: "pixels" is uint8 [3 * frame_stack, size, size], RGB of the oldest frame
+            first, at the beginning of an episode the first frame repeated; "state" is the
+            adapter's own; "both" a dict of them.
+        size: height and width of the picture.
+        frame_stack: how many pictures an observation holds.
+        action_repeat: simulator steps per agent step.
+        quality: "reference" or "fast", see the adapter's `view`.
+        camera: name or number of the camera; None is the adapter's default.
+        distraction: what changes the picture; None leaves it clean.
+        foreground_mask: put `info["foreground"]`, bool [size, size], into every info (one extra
+            render).
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        *,
+        observation: Literal["pixels", "state", "both"] = "pixels",
+        size: int = 84,
+        frame_stack: int = 3,
+        action_repeat: int = 1,
+        quality: Literal["reference", "fast"] = "reference",
+        camera: str | int | None = None,
+        distraction: Distraction | None = None,
+        foreground_mask: bool = False,
+    ) -> None:
+        super().__init__(env)
+        self.action_repeat = action_repeat
+        self.distraction = distraction
+        self._mode = observation
+        self._foreground_mask = foreground_mask
+        self._view_settings = {"camera": camera, "quality": quality}
+        self._size = size
+        self._frame_stack = frame_stack
+        self._view: View | None = None
+        self._rng = np.random.default_rng()
+        self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)  # uint8 [3, size, size] each
+        self._state = np.zeros(0, np.float32)
+        pixels = spaces.Box(0, 255, (3 * frame_stack, size, size), np.uint8)
+        self.observation_space = {
+            "pixels": pixels,
+            "state": env.observation_space,
+            "both": spaces.Dict({"pixels": pixels, "state": env.observation_space}),
+        }[observation]
+
+    @property
+    def view(self) -> View:
+        """The picture of the simulator that observations are made from."""
+        if self._view is None:
+            make_view = self.env.get_wrapper_attr("view")
+            self._view = make_view(self._size, self._size, **self._view_settings)
+        return self._view
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode: `seed` determines simulator and appearance, without it both go on."""
+        self._state, info = self.env.reset(seed=seed, options=options)
+        if seed is not None:
+            self._rng = np.random.default_rng((seed, DISTRACTION_STREAM))
+        if self.distraction is not None:
+            self.distraction.reset(self.view, self._rng)
+        self._frames.clear()
+        return self._look(), self._with_foreground(info)
+
+    def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Repeat `action` and sum the rewards; a success at any moment of it counts."""
+        total, success = 0.0, 0.0
+        for _ in range(self.action_repeat):
+            self._state, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            success = max(success, info.get("success", 0.0))
+            if terminated or truncated:
+                break
+        if "success" in info:
+            info["success"] = success
+        if self.distraction is not None:
+            self.distraction.advance(self.view)
+        return self._look(), total, terminated, truncated, self._with_foreground(info)
+
+    def observe(self) -> Observation:
+        """Return the current observation once more, for instance after `set_state`."""
+        if self._mode == "state":
+            return self._state
+        pixels = np.concatenate(self._frames)
+        return pixels if self._mode == "pixels" else {"pixels": pixels, "state": self._state}
+
+    def render(self) -> np.ndarray:
+        """Return the current picture as the agent sees it, uint8 [size, size, 3]."""
+        if self._frames:
+            return np.ascontiguousarray(self._frames[-1].transpose(1, 2, 0))
+        return self._picture()
+
+    def close(self) -> None:
+        """Free the picture, then the simulator."""
+        if self._view is not None:
+            self._view.close()
+            self._view = None
+        super().close()
+
+    def get_state(self) -> dict[str, Any]:
+        """Return everything that `set_state` needs to go on exactly, in mid-episode too."""
+        return {
+            "env": self.env.get_wrapper_attr("get_state")(),
+            "distraction": self.distraction.get_state() if self.distraction else None,
+            "generator": self._rng.bit_generator.state,
+            "frames": np.array(self._frames, np.uint8),
+            "state": self._state.copy(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, which an environment of the same settings gave."""
+        self.env.get_wrapper_attr("set_state")(state["env"])
+        if self.distraction is not None:
+            self.distraction.set_state(self.view, state["distraction"])
+        self._rng.bit_generator.state = state["generator"]
+        self._frames.clear()
+        self._frames.extend(state["frames"].copy())
+        self._state = state["state"].copy()
+
+    def _look(self) -> Observation:
+        """Render where the observation has pixels, stack, and return the observation."""
+        if self._mode != "state":
+            frame = np.ascontiguousarray(self._picture().transpose(2, 0, 1))
+            missing = 1 if self._frames else self._frame_stack
+            self._frames.extend([frame] * missing)
+        return self.observe()
+
+    def _picture(self) -> np.ndarray:
+        """Return the current picture, uint8 [size, size, 3]."""
+        return self.distraction.frame(self.view) if self.distraction else self.view.render()
+
+    def _with_foreground(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Return `info` with the mask of the foreground where one was asked for."""
+        if self._foreground_mask:
+            info["foreground"] = self.view.foreground()
+        return info
