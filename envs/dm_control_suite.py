@@ -1,7 +1,7 @@
-"""dm_control's suite as Gymnasium environments: all 51 tasks, seedable, exact to save and to go on from.
+"""dm_control's suite as Gymnasium environments: all 51 tasks, seedable, exact to save and resume.
 
-`reset(seed=s)` begins the same episode as `dm_control.suite.load(..., task_kwargs={"random": s})`. dm_control
-tells a time limit (discount 1) from a real end (discount 0): they become `truncated` and `terminated`.
+`reset(seed=s)` begins the same episode as `suite.load(..., task_kwargs={"random": s})`. dm_control
+tells a time limit (discount 1) from a real end (discount 0): `truncated` and `terminated` here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from envs.mujoco_view import MujocoView  # noqa: E402
 from wrappers.errors import UserError  # noqa: E402
 
 _CAMERAS = {"quadruped": 2}
-"""Cameras other than 0, as DrQ-v2 chose them: from quadruped's camera 0 the robot is a few pixels."""
+"""Cameras other than 0, as DrQ-v2 chose: quadruped's 0 does not follow the robot."""
 
 _MODEL_FIELDS = """
     body_pos body_quat dof_damping geom_pos geom_rgba geom_size hfield_data light_pos mat_rgba
@@ -44,7 +44,7 @@ class DMControlTask(gymnasium.Env[np.ndarray, np.ndarray]):
     """One task of dm_control's suite at its own control rate.
 
     Attributes:
-        default_camera: the number of the camera that `view` and `render` look through unless told otherwise.
+        default_camera: the number of the camera that `view` and `render` look through by default.
         episode_length: control steps after which an episode is truncated.
     """
 
@@ -168,7 +168,7 @@ def _flat(observation: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _is_number(value: object) -> bool:
-    """Tell whether a task's attribute is a number or an array: `dog` and `cheetah` set some at reset."""
+    """Tell numbers and arrays from a task's other attributes: `dog` sets some at reset."""
     return isinstance(value, bool | int | float | np.ndarray)
 
 

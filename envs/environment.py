@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
-import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from envs.registry import TaskSpec, get_spec
@@ -76,5 +76,6 @@ class Environment(Pixels):
 
 def gymnasium_id(id: str) -> str:
     """Return the name under which Gymnasium knows `id`: with a version, `-v0` where it has none."""
-    has_version = gymnasium.envs.registration.parse_env_id(id)[2] is not None
-    return id if has_version else f"{id}-v0"
+    family, _, task = id.partition("/")
+    task = task.replace("/", "-")  # Gymnasium allows one namespace only
+    return f"{family}/{task}" if re.search(r"-v\d+$", task) else f"{family}/{task}-v0"

@@ -9,6 +9,7 @@ a running agent leaves the picture.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -251,8 +252,13 @@ class GymnasiumTask(gymnasium.Env):
 
 def _make(task: str, episode_length: int | None, settings: dict[str, Any]) -> gymnasium.Env:
     """Return the task with `rgb_array` pictures if it has any."""
+    module, _, name = task.rpartition(":")
     try:
-        entry = gymnasium.spec(task).entry_point
+        if module:
+            importlib.import_module(module)
+        entry = gymnasium.spec(name).entry_point
+    except ModuleNotFoundError as error:
+        raise UserError(f"gym/{task} needs a package that is not installed: {error}") from None
     except gymnasium.error.Error:
         known = [name for name in gymnasium.registry if "/" not in name]
         raise UserError.unknown("Gymnasium task", task, known) from None
@@ -265,7 +271,7 @@ def _make(task: str, episode_length: int | None, settings: dict[str, Any]) -> gy
         creator = load_env_creator(entry) if isinstance(entry, str) else entry
         if "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ()):
             settings = {"render_mode": "rgb_array", **settings}
-        return gymnasium.make(task, disable_env_checker=True, **settings)
+        return gymnasium.make(name, disable_env_checker=True, **settings)
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"gym/{task} needs a package that is not installed: {error}") from None
     finally:

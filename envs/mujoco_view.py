@@ -1,72 +1,27 @@
-"""A MuJoCo simulation as a `wrappers.view.View`: what is background, what may be repainted, one camera."""
+"""A MuJoCo simulation as a `wrappers.view.View`: hide its background, repaint it, take it apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import mujoco
 import numpy as np
 
-from envs.rendering import Quality, Renderer, texture_data
+from envs.rendering import Quality, Renderer
+from envs.scenery import STAR_SKIES, Scenery, find_scenery
 from wrappers.errors import UserError
 from wrappers.view import Layers, Part
 
 Simulation = tuple[mujoco.MjModel, mujoco.MjData]
 
 
-@dataclass(frozen=True)
-class Paint:
-    """Where one color slot of a scene lies.
-
-    Attributes:
-        color: float64 [3] in [0, 1], as the simulator ships it.
-        materials: ids of the materials that have it.
-        geoms: ids of the geoms that have it without a material.
-        texture: id of a texture that mixes this color with others, -1 for none.
-    """
-
-    color: np.ndarray
-    materials: Sequence[int] = ()
-    geoms: Sequence[int] = ()
-    texture: int = -1
-
-
-@dataclass(frozen=True)
-class Scenery:
-    """What of a model is background, and which of its colors may be changed.
-
-    Attributes:
-        geoms: ids of the geoms of every background part; the sky has none.
-        paints: the color slots by name.
-    """
-
-    geoms: Mapping[Part, Sequence[int]] = field(default_factory=dict)
-    paints: Mapping[str, Paint] = field(default_factory=dict)
-
-
-def find_scenery(model: mujoco.MjModel) -> Scenery:
-    """Find sky, floor and the robot's color as dm_control's and Gymnasium's models have them.
-
-    The floor is every level or checkered plane and every terrain that does not move; the one wall that some
-    dm_control robots move before has the material `background`. The floor's checker colors are `grid1` and
-    `grid2`, or `floor` where it has one color. `self` is the material of that name, else the most frequent
-    color of what moves; `sky` the brighter end of the skybox's gradient.
-    """
-    geoms = _background_geoms(model)
-    floor = geoms.get("floor", [])
-    return Scenery(
-        geoms, {**_sky_paint(model), **_floor_paints(model, floor), **_self_paint(model)}
-    )
-
-
 class MujocoView:
     """One camera at one size onto one MuJoCo simulation; implements `wrappers.view.View`.
 
-    The simulation is asked for anew at every render, so a task may rebuild its model between two. A view
-    leaves the model as it found it: parts are hidden and colors changed only while a scene is taken.
-    GL is not touched before the first render.
+    The simulation is asked for anew at every render, so a task may rebuild its model between two. A
+    view leaves the model as it found it: parts are hidden and colors changed only while a scene is
+    taken. GL is not touched before the first render.
     """
 
     def __init__(
@@ -86,7 +41,8 @@ class MujocoView:
             simulation: returns the model and its data.
             height: pixels.
             width: pixels.
-            camera: a fixed camera's number or name, a free camera, or None for MuJoCo's default free one.
+            camera: a fixed camera's number or name, a free camera, or None for MuJoCo's default
+                free one.
             quality: see `Renderer`.
             scenery: tells what of a model is background; asked again when the model is another.
             upside_down: the camera hangs upside down: turn its picture by half a turn.
@@ -111,14 +67,14 @@ class MujocoView:
     def render_layers(self, hidden: frozenset[Part]) -> Layers:
         """Render without the `hidden` parts and tell where they would have been.
 
-        Where no pixel is mixed of two things, coverage is the depth of the same drawing: the far plane.
+        Where no pixel is mixed of two things, coverage is the same drawing's far plane.
         """
         if "sky" not in hidden:
             rgb = self._upright(self._scene(hidden).draw())
             return Layers(rgb, self._shown_parts(hidden).astype(np.float32))
         renderer = self._scene(hidden)
         geoms = renderer.scene.geoms[: renderer.scene.ngeom]
-        if self.quality == "reference" or any(geom.transparent for geom in geoms):
+        if self.quality == "reference" or any(geom.rgba[3] < 1 for geom in geoms):
             return self._mixed_layers(renderer)
         depth = np.empty((self.height, self.width), np.float32)
         rgb = renderer.draw(depth)
@@ -127,8 +83,9 @@ class MujocoView:
     def _mixed_layers(self, renderer: Renderer) -> Layers:
         """Take apart a picture with multisampled silhouettes or transparent things.
 
-        Coverage is how much of a white wall behind everything shows, and the foreground is what remains of
-        the picture without its share of sky. The three drawings besides the picture itself are cheap.
+        Coverage is how much of a white wall behind everything shows, and the foreground is what
+        remains of the picture without its share of sky. The three drawings besides the picture
+        itself are cheap: no shadows, no reflections.
         """
         scene, flag = renderer.scene, mujoco.mjtRndFlag
         flags = scene.flags.copy()
@@ -150,7 +107,7 @@ class MujocoView:
         return Layers(self._upright(front.astype(np.uint8)), self._upright(coverage))
 
     def foreground(self) -> np.ndarray:
-        """Return where the picture shows neither sky, floor nor walls, bool [H, W]. One unlit render."""
+        """Return where the picture shows neither sky, floor nor walls, bool [H, W]."""
         return ~self._shown_parts(self.parts)
 
     def visible_parts(self) -> frozenset[Part]:
@@ -162,7 +119,7 @@ class MujocoView:
         return {slot: paint.color.copy() for slot, paint in self._scenery.paints.items()}
 
     def set_colors(self, colors: Mapping[str, np.ndarray]) -> None:
-        """Repaint the given slots until the next call; slots that are not given return to their own."""
+        """Repaint the given slots until the next call; the others return to their own colors."""
         for slot in colors:
             if slot not in self._scenery.paints:
                 raise UserError.unknown("color slot", slot, self._scenery.paints)
@@ -178,6 +135,8 @@ class MujocoView:
         self.close()
         self._model, self._scenery = model, self._find_scenery(model)
         self._camera = _camera(model, self._camera_name)
+        paints = self._scenery.paints
+        self._repainted = {slot: rgb for slot, rgb in self._repainted.items() if slot in paints}
 
     def _scene(self, hidden: frozenset[Part] = frozenset()) -> Renderer:
         """Return the renderer with the simulation's current scene in it."""
@@ -235,10 +194,11 @@ class MujocoView:
         for slot, color in colors.items():
             old, new = _bytes(self._scenery.paints[slot].color), _bytes(color)
             if slot == "sky":
-                # A gradient that ends in black, with white stars: scale what is not white.
+                # A gradient that ends in black: scale what is not a star.
                 for channel in range(3):
                     table = (np.arange(256) * (new[channel] / max(1, old[channel]))).clip(0, 255)
-                    table[255] = 255
+                    if old.max() < STAR_SKIES:
+                        table[255] = 255
                     repainted[..., channel] = table.round().astype(np.uint8)[texels[..., channel]]
             else:
                 repainted[(texels == old).all(-1)] = new
@@ -299,83 +259,6 @@ def _add_backdrop(scene: mujoco.MjvScene) -> None:
     )
     geom.emission = 1
     scene.ngeom += 1
-
-
-def _background_geoms(model: mujoco.MjModel) -> dict[Part, list[int]]:
-    """Return the planes and terrains that are fixed to the world, visible, and level or checkered."""
-    fixed = model.body_weldid[model.geom_bodyid] == 0
-    shown = (model.geom_rgba[:, 3] > 0) & (model.geom_group < 3)
-    plane = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
-    terrain = model.geom_type == mujoco.mjtGeom.mjGEOM_HFIELD
-    # The third column of the rotation that a quaternion (w, x, y, z) stands for is the plane's normal.
-    _, x, y, _ = model.geom_quat.T
-    level = 1 - 2 * (x**2 + y**2) > 0.9
-    floor = terrain | (plane & (level | _has_material(model, "grid")))
-    walls = plane & _has_material(model, "background") & ~floor
-    found = {"floor": floor, "walls": walls}
-    parts = {part: np.flatnonzero(fixed & shown & which).tolist() for part, which in found.items()}
-    return {part: geoms for part, geoms in parts.items() if geoms}  # type: ignore[misc]
-
-
-def _has_material(model: mujoco.MjModel, name: str) -> np.ndarray:
-    """Return which geoms have the material of that name, bool [ngeom]."""
-    names = [model.material(i).name for i in range(model.nmat)]
-    return model.geom_matid == (names.index(name) if name in names else -2)
-
-
-def _sky_paint(model: mujoco.MjModel) -> dict[str, Paint]:
-    skies = np.flatnonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX)
-    if not len(skies):
-        return {}
-    texels = texture_data(model, int(skies[0]))[..., :3].reshape(-1, 3)
-    stars = (texels == 255).all(1)
-    brightest = texels[~stars].max(0) if not stars.all() else texels[0]
-    return {"sky": Paint(brightest / 255, texture=int(skies[0]))}
-
-
-def _floor_paints(model: mujoco.MjModel, floor: Sequence[int]) -> dict[str, Paint]:
-    if not floor:
-        return {}
-    material = int(model.geom_matid[floor[0]])
-    if material < 0:
-        return {"floor": Paint(model.geom_rgba[floor[0], :3].astype(np.float64), geoms=floor)}
-    texture = int(model.mat_texid[material, mujoco.mjtTextureRole.mjTEXROLE_RGB])
-    if texture < 0:
-        return {"floor": Paint(model.mat_rgba[material, :3].astype(np.float64), [material])}
-    texels = texture_data(model, texture)
-    height, width, _ = texels.shape
-    # A builtin checker is two by two cells; at most a third color marks their edges.
-    first, second = texels[height // 4, width // 4], texels[height // 4, 3 * width // 4]
-    checker = ((texels == first) | (texels == second)).all(-1).mean() > 0.9
-    if not checker or (first == second).all():
-        return {}
-    return {
-        "grid1": Paint(first / 255, texture=texture),
-        "grid2": Paint(second / 255, texture=texture),
-    }
-
-
-def _self_paint(model: mujoco.MjModel) -> dict[str, Paint]:
-    names = [model.material(i).name for i in range(model.nmat)]
-    if "self" in names:
-        material = names.index("self")
-        return {"self": Paint(model.mat_rgba[material, :3].astype(np.float64), [material])}
-    moving = np.flatnonzero(
-        (model.body_weldid[model.geom_bodyid] != 0)
-        & (model.geom_rgba[:, 3] > 0)
-        & (model.geom_group < 3)
-    )
-    looks: dict[tuple[int, bytes], list[int]] = {}
-    for geom in moving:
-        material = int(model.geom_matid[geom])
-        color = b"" if material >= 0 else model.geom_rgba[geom, :3].tobytes()
-        looks.setdefault((material, color), []).append(int(geom))
-    if not looks:
-        return {}
-    (material, _), geoms = max(looks.items(), key=lambda look: len(look[1]))
-    if material >= 0:
-        return {"self": Paint(model.mat_rgba[material, :3].astype(np.float64), [material])}
-    return {"self": Paint(model.geom_rgba[geoms[0], :3].astype(np.float64), geoms=geoms)}
 
 
 def _bytes(color: np.ndarray) -> np.ndarray:

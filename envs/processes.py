@@ -74,6 +74,7 @@ class Local:
         self, factories: Sequence[Factory], number: int, envs: np.ndarray, timeout: float
     ) -> None:
         self.number, self.envs = number, envs
+        self.failures = 0  # since the last step that went well
         self._factories = factories
         self._group: Group | None = None
         self._request: tuple[str, tuple[Any, ...]] = ("", ())
@@ -114,6 +115,7 @@ class Worker:
         self, factories: Sequence[Factory], number: int, envs: np.ndarray, timeout: float
     ) -> None:
         self.number, self.envs = number, envs
+        self.failures = 0  # since the last step that went well
         self.name = f"worker {number} (environments {envs[0]} to {envs[-1]})"
         self._timeout = timeout
         self._factories = pickle.dumps(list(factories))

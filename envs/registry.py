@@ -130,8 +130,18 @@ DMC_ACTION_REPEAT: Mapping[str, int] = MappingProxyType({
 })  # fmt: skip
 """DMC-GB's domains as it repeats their actions; the others get DrQ-v2's 2."""
 
-DMC_WITHOUT_SKY = frozenset({"fish", "humanoid", "point_mass", "reacher", "swimmer"})
-"""Domains whose default camera shows no sky, so that `video_easy` changes no pixel."""
+NO_SKY = frozenset("""
+    dog-run dog-stand dog-trot dog-walk fish-swim fish-upright humanoid-run humanoid-run_pure_state
+    humanoid-stand humanoid-walk humanoid_CMU-run humanoid_CMU-stand humanoid_CMU-walk
+    point_mass-easy point_mass-hard quadruped-escape quadruped-run reacher-easy reacher-hard
+    swimmer-swimmer6 InvertedDoublePendulum-v5 Swimmer-v5
+""".split())  # fmt: skip
+"""Tasks of dm_control and Gymnasium whose usual camera shows no sky: `video_easy` changes no pixel
+of them. Like everything about backgrounds here it was rendered, and a test renders it again."""
+
+NO_FLOOR = frozenset({"InvertedPendulum-v5"})
+NO_WALLS = frozenset({"hand-insert", "sweep-into"})
+"""Likewise: here the body has no floor, and there nothing stands around Meta-World's table."""
 
 METAWORLD_TASKS = """
     assembly basketball bin-picking box-close button-press button-press-topdown
@@ -149,11 +159,12 @@ TOY_TASKS = ("balance", "catch", "reach")
 
 _GYMNASIUM = "envs.gymnasium_tasks:GymnasiumTask"
 _SKY_AND_FLOOR: frozenset[Part] = frozenset({"sky", "floor"})
+_ROOM: frozenset[Part] = frozenset({"sky", "floor", "walls"})
 
 
 def _register_own() -> None:
     for domain, tasks in DMC_TASKS.items():
-        background = _SKY_AND_FLOOR - ({"sky"} if domain in DMC_WITHOUT_SKY else set())
+        scene = _ROOM if domain in ("manipulator", "stacker") else _SKY_AND_FLOOR
         for task in tasks.split():
             register(
                 f"dmc/{domain}-{task}",
@@ -161,7 +172,7 @@ def _register_own() -> None:
                 arguments={"task": f"{domain}-{task}"},
                 action_repeat=DMC_ACTION_REPEAT.get(domain, 2),
                 episode_length=1000,
-                background=background,
+                background=_seen(f"{domain}-{task}", scene),
             )
     for task in METAWORLD_TASKS:
         register(
@@ -170,7 +181,7 @@ def _register_own() -> None:
             arguments={"task": task},
             action_repeat=2,
             episode_length=500,
-            background=_SKY_AND_FLOOR | {"walls"},
+            background=_seen(task, _ROOM),
             success=True,
         )
     for task in TOY_TASKS:
@@ -186,8 +197,14 @@ def _register_own() -> None:
             f"gym/{task}",
             _GYMNASIUM,
             arguments={"task": task},
-            background=_SKY_AND_FLOOR if is_mujoco else frozenset(),
+            background=_seen(task, _SKY_AND_FLOOR if is_mujoco else frozenset()),
         )
+
+
+def _seen(task: str, scene: frozenset[Part]) -> frozenset[Part]:
+    """Return the parts of a scene that the task's usual camera shows."""
+    unseen = {"sky": NO_SKY, "floor": NO_FLOOR, "walls": NO_WALLS}
+    return frozenset(part for part in scene if task not in unseen[part])
 
 
 def _gymnasium_tasks() -> list[str]:

@@ -1,12 +1,14 @@
 """One owner of GL for every simulator: which backend draws, how well, and who frees what.
 
-All renderers of a process share one GL context, which is current only inside `_Context`'s block; whatever was
-current before (dm_control's or Gymnasium's own renderer) is current again afterwards. So renderers cannot
-delete or draw over each other's GL objects, which MuJoCo's own do silently (google-deepmind/mujoco#1186).
+All renderers of a process share one GL context, which is current only inside `_Context`'s block;
+whatever was current before (dm_control's or Gymnasium's own renderer) is current again afterwards.
+So renderers cannot delete or draw over each other's GL objects, which MuJoCo's own do silently
+(google-deepmind/mujoco#1186).
 
-Measured on two CPU cores with software GL (Mesa 22.3, 84 x 84; milliseconds a frame): dm_control's
-`physics.render` takes 13 to 26, a cached renderer with the same pixels a few less, the fast one 0.3 to 0.6.
-EGL and OSMesa draw equally fast (walker 0.35 and 0.34), so EGL, which also finds GPUs, is tried first.
+Milliseconds of CPU for an 84 x 84 frame (software GL, Mesa 22.3): dm_control's `physics.render` takes
+16 to 37, `reference` with the same pixels 13 to 34, `fast` 0.3 to 0.6; Meta-World's `render` takes
+90, `reference` 88, `fast` 6. EGL and OSMesa are equally fast (walker 0.35 and 0.34), so EGL, which
+also finds GPUs, is tried first.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ Quality = Literal["reference", "fast"]
 Change = tuple[np.ndarray, Any, Any]
 """An array of a model, where to change it, and to what."""
 
-NO_GL = (
-    "no headless OpenGL works here: neither EGL nor OSMesa could draw; install one, for example with "
-    "'apt-get install libegl1 libgl1-mesa-dri' (EGL) or 'apt-get install libosmesa6' (OSMesa)"
+_BACKENDS = ("egl", "osmesa")
+
+_NO_GL = (
+    "no headless OpenGL works here (MUJOCO_GL={}): install one with 'apt-get install libegl1 "
+    "libgl1-mesa-dri' (EGL) or 'apt-get install libosmesa6' (OSMesa), and unset MUJOCO_GL"
 )
 
 _PROBE = """
@@ -58,8 +62,8 @@ _RENDERER_VARIABLE = "SIGHTLINE_GL_RENDERER"
 def _probe(backend: str) -> str | None:
     """Return what `backend` calls its renderer, or None if it cannot draw.
 
-    A process of its own bears what broken drivers do: crashing, hanging, or leaving half of PyOpenGL bound to
-    a platform that does not work.
+    A process of its own bears what broken drivers do: crash, hang, or leave half of PyOpenGL bound
+    to a platform that does not work.
     """
     environment = {**os.environ, "MUJOCO_GL": backend}
     command = [sys.executable, "-c", _PROBE.format(backend=backend)]
@@ -74,13 +78,14 @@ def _probe(backend: str) -> str | None:
 
 
 def choose_backend() -> str:
-    """Set `MUJOCO_GL` unless the user did, and return it. Call before the first import of a simulator.
+    """Set `MUJOCO_GL` unless the user did, and return it; call before importing a simulator.
 
     Returns:
-        `egl`, else `osmesa`, else `disable`: simulators then import and step, and drawing raises `UserError`.
+        `egl`, else `osmesa`, else `disable`: simulators then import and step, and drawing raises
+        `UserError`.
     """
     if not os.environ.get("MUJOCO_GL"):
-        found = ((backend, _probe(backend)) for backend in ("egl", "osmesa"))
+        found = ((backend, _probe(backend)) for backend in _BACKENDS)
         backend, renderer = next(((b, r) for b, r in found if r), ("disable", None))
         os.environ["MUJOCO_GL"] = backend
         if renderer:
@@ -96,9 +101,9 @@ def gl_renderer() -> str:
     """
     backend = choose_backend()
     if _RENDERER_VARIABLE not in os.environ:
-        renderer = _probe(backend) if backend in ("egl", "osmesa") else None
+        renderer = _probe(backend) if backend in _BACKENDS else None
         if renderer is None:
-            raise UserError(f"{NO_GL} (MUJOCO_GL={backend})")
+            raise UserError(_NO_GL.format(backend))
         os.environ[_RENDERER_VARIABLE] = renderer
     return os.environ[_RENDERER_VARIABLE]
 
@@ -106,8 +111,9 @@ def gl_renderer() -> str:
 def resolve_quality(quality: str) -> Quality:
     """Return `reference` or `fast`; `auto` is `fast` where GL runs in software and `reference` on a GPU.
 
-    Call it before the first import of a simulator: a fast frame is so small that llvmpipe's threads cost more
-    than they bring (walker 0.44 ms with them, 0.35 without), and their number is read when GL is loaded.
+    Call it before the first import of a simulator: a fast frame is so small that llvmpipe's threads
+    cost more than they bring (walker 0.44 ms with them, 0.35 without), and their number is read when
+    GL is loaded.
     """
     if quality not in ("auto", "reference", "fast"):
         raise UserError.unknown("quality", quality, ("auto", "reference", "fast"))
@@ -126,39 +132,37 @@ class _Context:
     collector closes in the middle of another one's frame does no harm.
     """
 
-    def __init__(self, backend: str) -> None:
-        if backend == "egl":
+    def __init__(self) -> None:
+        gl_renderer()  # raises UserError where the imports below would fail in many other ways
+        self._backend = choose_backend()
+        if self._backend == "egl":
             from mujoco import egl
 
             self._egl: Any = egl
-        elif backend == "osmesa":
+            context: Any = egl.GLContext
+        else:
+            from mujoco.osmesa import GLContext
             from OpenGL import osmesa
 
             self._osmesa: Any = osmesa
-        else:
-            raise UserError(f"{NO_GL} (MUJOCO_GL={backend})")
-        self._backend = backend
+            context = GLContext
+        self.process = os.getpid()
+        self.renderers: weakref.WeakSet[Renderer] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._depth = 0
-        self._process = os.getpid()
-        self._renderers: weakref.WeakSet[Renderer] = weakref.WeakSet()
         before = self._current()
-        if backend == "egl":
-            self._gl = egl.GLContext(1, 1)
-            # One display serves all libraries: who ends it at exit makes the others' frees fail, noisily.
-            atexit.unregister(egl.EGL.eglTerminate)
-        else:
-            from mujoco.osmesa import GLContext
-
-            self._gl = GLContext(1, 1)
+        self._gl = context(1, 1)
         self._restore(before)
+        if self._backend == "egl":
+            # All libraries share one display: who ends it at exit makes the others' frees fail.
+            atexit.unregister(self._egl.EGL.eglTerminate)
         atexit.register(self._shut_down)
 
     def __enter__(self) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self.process:
             raise UserError(
-                "GL was used before this process was forked and cannot be used in it; start workers with "
-                "multiprocessing's 'forkserver' or 'spawn' instead of 'fork'"
+                "GL was used before this process was forked and cannot be used in it; start workers "
+                "with multiprocessing's 'forkserver' or 'spawn' instead of 'fork'"
             )
         self._lock.acquire()
         if self._depth == 0:
@@ -186,33 +190,34 @@ class _Context:
             self._egl.EGL.eglMakeCurrent(display, *before[1:])
             return
         context, buffer = before
-        float_pixels = (
-            0x1406  # GL_FLOAT, with which every MuJoCo suite makes its OSMesa context current.
-        )
-        if context:
-            width, height, _, pixels = buffer
-            self._osmesa.OSMesaMakeCurrent(context, pixels, float_pixels, width, height)
-        else:
-            self._osmesa.OSMesaMakeCurrent(None, None, float_pixels, 0, 0)
+        width, height, _, pixels = buffer if context else (0, 0, None, None)
+        # 0x1406 is GL_FLOAT, as which every MuJoCo suite lays out its OSMesa buffer.
+        self._osmesa.OSMesaMakeCurrent(context or None, pixels, 0x1406, width, height)
 
     def _shut_down(self) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self.process:
             return
-        # A simulator that was imported later has ended the whole display by now: nothing is left to free.
+        # A simulator that was imported later has ended the display by now: nothing is left to free.
         with contextlib.suppress(Exception):
-            for renderer in list(self._renderers):
+            for renderer in list(self.renderers):
                 renderer.close()
             self._gl.free()
-        self._gl._context = None  # or its own `__del__` would try once more
+        # Its `__del__` would try once more: here in vain, but later amid modules that are gone.
+        self._gl._context = None
+        self._gl = None
+
+
+_FAST_QUALITY = {"offsamples": 0, "shadowsize": 0, "numslices": 16, "numstacks": 8}
+"""Spheres and capsules get a quarter of the triangles: at 84 pixels nobody sees, at half the time."""
 
 
 @functools.cache
 def _context() -> _Context:
-    return _Context(choose_backend())
+    return _Context()
 
 
 class Renderer:
-    """Draws one model at one size: `update` takes the scene from the simulation, `draw` returns its pixels.
+    """Draws one model at one size: `update` takes a scene from the simulation, `draw` its pixels.
 
     Attributes:
         model: the model whose meshes and textures lie in GL.
@@ -223,7 +228,7 @@ class Renderer:
     def __init__(
         self, model: mujoco.MjModel, height: int, width: int, *, quality: Quality = "reference"
     ) -> None:
-        """Upload `model` to GL. `reference` draws exactly what the simulator's own renderer draws."""
+        """Upload `model` to GL; `reference` draws exactly what the simulator's own renderer does."""
         import mujoco
 
         self._mujoco = mujoco
@@ -233,7 +238,7 @@ class Renderer:
         self.option = mujoco.MjvOption()
         # dm_control hides what its rangefinders measure; no other suite has any.
         self.option.flags[mujoco.mjtVisFlag.mjVIS_RANGEFINDER] = False
-        # As many geoms as the suites ask for at most; a tendon or a contact display adds to the model's own.
+        # Tendons and lights add to the model's own geoms.
         self.scene = mujoco.MjvScene(model, maxgeom=1000 + 4 * (model.ngeom + model.nsite))
         if quality == "fast":
             self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
@@ -243,7 +248,7 @@ class Renderer:
         with self._gl, self._suited_model(self._texels):
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
         self._heights = model.hfield_data.copy()
-        self._gl._renderers.add(self)
+        self._gl.renderers.add(self)
 
     def update(self, data: mujoco.MjData, camera: mujoco.MjvCamera) -> None:
         """Take the scene from the simulation as `camera` sees it."""
@@ -258,8 +263,8 @@ class Renderer:
             self.scene,
         )
         if self.quality == "fast":
-            # GL lights vertices, and planes have few of them here: a spotlight would flicker as it follows
-            # the robot over them. As a sun it lights the floor evenly.
+            # GL lights vertices, and planes have few of them here: a spotlight would flicker as it
+            # follows the robot over them. As a sun it lights the floor evenly.
             for light in self.scene.lights[: self.scene.nlight]:
                 light.type = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL.value
         # Terrains are drawn anew every episode (quadruped-escape).
@@ -270,11 +275,11 @@ class Renderer:
                     mujoco.mjr_uploadHField(self.model, self._context, terrain)
 
     def draw(self, depth: np.ndarray | None = None) -> np.ndarray:
-        """Return the scene's pixels, uint8 [height, width, 3], a view of a fresh array, top row first.
+        """Return the scene's pixels, uint8 [height, width, 3], a view of a fresh array.
 
         Args:
-            depth: float32 [height, width], filled with the same drawing's depth buffer *bottom row first*:
-                1 is the far plane, where nothing was drawn.
+            depth: float32 [height, width], filled with the same drawing's depth buffer *bottom row
+                first*: 1 is the far plane, where nothing was drawn.
         """
         if self._context is None:
             raise RuntimeError("this renderer is closed")
@@ -288,7 +293,7 @@ class Renderer:
         return pixels[::-1]
 
     def texels(self, texture: int) -> np.ndarray:
-        """Return a copy of the texels that a new renderer has in GL, uint8 [height, width, channels]."""
+        """Return a copy of what a new renderer uploads, uint8 [height, width, channels]."""
         return self._texels.get(texture, texture_data(self.model, texture)).copy()
 
     def upload_texture(self, texture: int, texels: np.ndarray) -> None:
@@ -304,7 +309,7 @@ class Renderer:
     def close(self) -> None:
         """Free what lies in GL, with our context current: MuJoCo deletes by number in any that is."""
         context, self._context = getattr(self, "_context", None), None
-        if context is not None and os.getpid() == self._gl._process:
+        if context is not None and os.getpid() == self._gl.process:
             with self._gl:
                 context.free()
 
@@ -337,28 +342,24 @@ class Renderer:
                 array[where] = values
 
 
-_FAST_QUALITY = {"offsamples": 0, "shadowsize": 0, "numslices": 16, "numstacks": 8}
-"""Spheres and capsules of a quarter of the triangles: at 84 pixels they look the same in half the time."""
-
-
 def _coarser_planes(model: mujoco.MjModel) -> Change:
-    """Draw planes as at most 24 x 24 quads; dm_control's humanoid stands on 200 x 200 (1.5 of 2 ms)."""
-    planes = np.flatnonzero(model.geom_type == 0)
+    """Draw planes as at most 24 x 24 quads; humanoid's floor is 200 x 200 (1.5 of 2 ms a frame)."""
+    planes = np.flatnonzero(model.geom_type == 0)  # mjGEOM_PLANE
     spacing = np.maximum(model.geom_size[planes, 2], model.geom_size[planes, :2].max(1) / 12)
     return model.geom_size, (planes, 2), spacing
 
 
 def _smaller_skies(model: mujoco.MjModel, size: int) -> dict[int, np.ndarray]:
-    """Return the texels of skyboxes halved while they outnumber the picture's pixels: 11 MB become 0.7."""
+    """Return skyboxes halved until they hardly outnumber the picture's pixels: 0.7 of 11 MB."""
     skies = {}
-    for texture in np.flatnonzero(model.tex_type == 2):
+    for texture in np.flatnonzero(model.tex_type == 2).tolist():  # mjTEXTURE_SKYBOX
         texels = texture_data(model, texture)
         factor = 1
         while texels.shape[1] % (2 * factor) == 0 and texels.shape[1] // (2 * factor) >= 2 * size:
             factor *= 2
         offsets = itertools.product(range(factor), repeat=2)
         parts = [texels[i::factor, j::factor].astype(np.uint16) for i, j in offsets]
-        skies[int(texture)] = (sum(parts[1:], parts[0]) // factor**2).astype(np.uint8)
+        skies[texture] = (sum(parts[1:], parts[0]) // factor**2).astype(np.uint8)
     return skies
 
 

@@ -5,11 +5,11 @@ colored bodies in front, so that every distraction that works on a MuJoCo scene 
 
 Mean undiscounted returns over 2000 episodes, for the thresholds of learning tests:
 
-| task    | action          | steps | random | does nothing | best script | without velocity |
-| ------- | --------------- | ----- | ------ | ------------ | ----------- | ---------------- |
-| reach   | Box 2, velocity | 25    | 5.5    | 6.0          | 23.2        |                  |
-| balance | Box 1, force    | 40    | 5.9    | 5.9          | 38.3        | 16.5             |
-| catch   | Discrete 3      | <= 60 | 0.4    | 0.6          | 6.0         |                  |
+| task    | action       | steps | random | zero action | best script | without velocity |
+| ------- | ------------ | ----- | ------ | ----------- | ----------- | ---------------- |
+| reach   | Box 2, place | 25    | 12.7   | 14.1        | 23.9        |                  |
+| balance | Box 1, force | 40    | 5.9    | 5.9         | 38.3        | 16.5             |
+| catch   | Discrete 3   | <= 60 | 0.4    | 0.6 (stay)  | 6.0         |                  |
 """
 
 from __future__ import annotations
@@ -231,10 +231,12 @@ class ToyTask(gymnasium.Env):
 
 
 class Reach(ToyTask):
-    """A point moves to a target: `action` is its velocity, the reward exp(-2 * distance) in (0, 1].
+    """A point goes where `action` says and pays off near a target: 1 on it, 0 from 1.5 away.
 
     State: x and y of the point, x and y of the target. `info["success"]` is 1 within 0.15 of the
-    target.
+    target. A place, not a velocity, and a slope where a beginner stands: with velocities and the
+    reward exp(-2 * distance) a small DDPG from pixels learned nothing in 3000 steps; like this its
+    return is 19 after 1500 and 20 after 2500.
     """
 
     default_episode_length = 25
@@ -247,17 +249,18 @@ class Reach(ToyTask):
 
     def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
         x, y, target_x, target_y = self._scene.tolist()
-        x = min(max(x + self.speed * min(max(float(action[0]), -1), 1), -1), 1)
-        y = min(max(y + self.speed * min(max(float(action[1]), -1), 1), -1), 1)
+        wanted_x, wanted_y = (min(max(float(place), -1), 1) for place in action)
+        x += min(max(wanted_x - x, -self.speed), self.speed)
+        y += min(max(wanted_y - y, -self.speed), self.speed)
         self._scene = np.array((x, y, target_x, target_y))
         distance = math.hypot(x - target_x, y - target_y)
-        return math.exp(-2 * distance), False, {"success": float(distance < 0.15)}
+        return max(0.0, 1 - distance / 1.5), False, {"success": float(distance < 0.15)}
 
     def bodies(self) -> list[Body]:
         """Return the target and the point in front of it."""
         x, y, target_x, target_y = self._scene.tolist()
         return [
-            Body("box", target_x, target_y, 0.4, 0.4, is_target=True),
+            Body("box", target_x, target_y, 0.6, 0.6, is_target=True),
             Body("disc", x, y, 0.36, 0.36),
         ]
 

@@ -40,7 +40,7 @@ from wrappers.errors import UserError
 __all__ = ["VectorEnv", "WorkerError"]
 
 ATTEMPTS = 3
-"""Starts of one worker in a row that may fail before it is an error."""
+"""Failures of one worker, without a step in between, that are an error."""
 
 
 class VectorEnv(gym.vector.VectorEnv):
@@ -74,6 +74,7 @@ class VectorEnv(gym.vector.VectorEnv):
             for i, envs in enumerate(parts)
         ]
         self._memory = Memory()
+        self._stepping = False
         try:
             self._describe(self._start())
         except BaseException:
@@ -153,8 +154,10 @@ class VectorEnv(gym.vector.VectorEnv):
             None if fresh else action
             for fresh, action in zip(self._fresh, iterate(self.action_space, actions), strict=True)
         ]
+        self._check_stepping(False)
         for member in self._members:
             member.send("step", [taken[i] for i in member.envs])
+        self._stepping = True
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Return observations, rewards, terminations, truncations and infos of the step.
@@ -162,14 +165,16 @@ class VectorEnv(gym.vector.VectorEnv):
         `infos["dropped"]` (bool [N]) is True where a worker was replaced: the observation begins an
         episode, and the transition to it must be thrown away.
         """
+        self._check_stepping(True)
         dropped = self._fresh.copy()
-        self._fresh[:] = False
         steps: list[Step] = []
         for member, reply in zip(self._members, self._receive("step", self._members), strict=True):
             if isinstance(reply, FailureError):
                 dropped[member.envs] = True
                 fresh_infos = self._replace(member, reply)
                 reply = [Step(0.0, False, False, info, None) for info in fresh_infos]
+            else:
+                member.failures = 0
             steps += reply
         self._fresh[:] = False
 
@@ -266,9 +271,10 @@ class VectorEnv(gym.vector.VectorEnv):
         return self._ask_members(command, requests)
 
     def _ask_members(self, command: str, requests: dict[int, tuple[Any, ...]]) -> list[Any]:
-        """Send requests and return the replies in order; ask the replacements of those that fail."""
+        """Send requests and return the replies in order; those of replacements where need be."""
+        self._check_stepping(False)
         replies: dict[int, Any] = {}
-        for _ in range(ATTEMPTS):
+        while len(replies) < len(requests):
             asked = [self._members[i] for i in requests if i not in replies]
             for member in asked:
                 member.send(command, *requests[member.number])
@@ -277,9 +283,12 @@ class VectorEnv(gym.vector.VectorEnv):
                     self._replace(member, reply)
                 else:
                     replies[member.number] = reply
-            if len(replies) == len(requests):
-                return [value for i in requests for value in replies[i]]
-        raise WorkerError(f"a worker failed {ATTEMPTS} times in a row in '{command}'")
+        return [value for i in requests for value in replies[i]]
+
+    def _check_stepping(self, expected: bool) -> None:
+        if self._stepping != expected:
+            now, missing = ("is", "step_wait") if self._stepping else ("is not", "step_async")
+            raise RuntimeError(f"the vector environment {now} taking a step: call {missing} first")
 
     def _receive(self, command: str, members: Sequence[Local | Worker]) -> list[Any]:
         """Return every member's reply or failure; raise what an environment raised, at the end."""
@@ -291,8 +300,9 @@ class VectorEnv(gym.vector.VectorEnv):
                 replies.append(member.receive(deadline))
             except FailureError as failure:
                 replies.append(failure)
-            except (UserError, WorkerError) as error:
+            except Exception as error:
                 errors.append(error)
+        self._stepping = False  # no reply is left over
         if errors:
             raise errors[0]
         return replies
@@ -318,8 +328,11 @@ class VectorEnv(gym.vector.VectorEnv):
         self, member: Local | Worker, failure: FailureError, requests: list[tuple[Any, ...]]
     ) -> Any:
         """Start a worker anew and return the last request's reply."""
-        for _ in range(ATTEMPTS - 1):
+        while True:
             self.worker_failures += 1
+            member.failures += 1
+            if member.failures == ATTEMPTS:
+                raise WorkerError(f"{member.name} failed {ATTEMPTS} times in a row; it {failure}")
             warnings.warn(f"{member.name} {failure}; it is replaced", stacklevel=4)
             member.kill()
             member.start()
@@ -334,5 +347,3 @@ class VectorEnv(gym.vector.VectorEnv):
                     break
             else:
                 return reply
-        self.worker_failures += 1
-        raise WorkerError(f"{member.name} failed {ATTEMPTS} times in a row; it {failure}")

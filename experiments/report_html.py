@@ -202,13 +202,14 @@ def _section(summary: Summary, env_id: str, figures: Mapping[str, bytes], statis
     dots = plot(
         "generalization",
         f"Return under each distraction on {env_id}",
-        "Mean return with its 95 % interval over n seeds; grey: the random policy.",
+        "Mean return with its 95 % interval over n seeds (n = 1: over its episodes); grey: the "
+        "random policy.",
         "No run was evaluated.",
     )
     logged = plot(
         "diagnostics",
         f"Losses and times on {env_id}",
-        "What the training loop logged, mean over seeds.",
+        "What the training loop logged, mean over seeds (all of it is in metrics.csv).",
         "Neither losses nor times were logged.",
     )
     return f"""<h2>{escape(env_id)}</h2>

@@ -35,7 +35,7 @@ LINES: tuple[LineStyleType, ...] = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 Style = tuple[str, LineStyleType, str]
 MAX_PANELS = 12
-"""Of what else was logged; losses and times come first."""
+"""Of what else was logged; losses come first."""
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -89,7 +89,8 @@ def diagnostics(summary: Summary, env_id: str) -> bytes | None:
                 color, dashes, _ = _style(summary, group.agent)
                 axes.plot(steps, values.mean(0), color=color, ls=dashes, label=group.agent)
 
-    return _grid(sorted(tags, key=_panel_order)[:MAX_PANELS], _step_label(runs), draw)
+    panels = sorted(tags, key=_panel_order)[:MAX_PANELS]
+    return _grid(panels, _step_label(runs), draw, columns=3)
 
 
 def generalization(summary: Summary, env_id: str) -> bytes | None:
@@ -150,19 +151,21 @@ def _band(axes: Axes, agent: str, style: Style, line: Curve) -> None:
             axes.plot(line.steps, limit, color=color, lw=0.5, alpha=0.6)
 
 
-def _grid(tags: list[str], label: str, draw: Callable[[Axes, str], None]) -> bytes | None:
-    """Draw one panel per tag, two in a row, under one shared legend."""
+def _grid(
+    tags: list[str], label: str, draw: Callable[[Axes, str], None], columns: int = 2
+) -> bytes | None:
+    """Draw one panel per tag, `columns` in a row, under one shared legend."""
     if not tags:
         return None
-    columns = min(2, len(tags))
+    columns = min(columns, len(tags))
     rows = -(-len(tags) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 0.6 + 2.3 * rows), layout="constrained")
+        figure = Figure(figsize=(7.0, 0.6 + 4.6 / columns * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, tag in zip(panels, tags, strict=False):
             draw(axes, tag)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_locator(MaxNLocator(10 // columns))
             axes.set_xlim(left=0)
         for axes in panels[len(tags) :]:
             axes.remove()
@@ -215,7 +218,7 @@ def _unit(tag: str) -> str:
 
 
 def _panel_order(tag: str) -> tuple[int, str]:
-    order = ("loss/", "time/")
+    order = ("loss/", "value/", "policy/", "gradient_norm/", "saliency/", "time/")
     return next((i for i, prefix in enumerate(order) if tag.startswith(prefix)), len(order)), tag
 
 

@@ -62,7 +62,7 @@ def run_episodes(
     step = 0
     while quota.any():
         if recording:
-            result.frames.append(np.asarray(envs.call("render")[0]))
+            result.frames.append(np.asarray(envs.render(0)))
             if step % 25 == 0 and len(result.observations) < 8:
                 result.observations.append(observation)
         step += 1

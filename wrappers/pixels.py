@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +42,9 @@ class Pixels(gymnasium.Wrapper):
         distraction: what changes the picture; None leaves it clean.
         foreground_mask: put `info["foreground"]`, bool [size, size], into every info (one extra
             render).
+
+    Attributes:
+        render_seconds: what pictures took so far, distractions included; for the log.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Pixels(gymnasium.Wrapper):
         self._rng = np.random.default_rng()
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)  # uint8 [3, size, size] each
         self._state = np.zeros(0, np.float32)
+        self.render_seconds = 0.0
         pixels = spaces.Box(0, 255, (3 * frame_stack, size, size), np.uint8)
         self.observation_space = {
             "pixels": pixels,
@@ -160,7 +165,10 @@ class Pixels(gymnasium.Wrapper):
 
     def _picture(self) -> np.ndarray:
         """Return the current picture, uint8 [size, size, 3]."""
-        return self.distraction.frame(self.view) if self.distraction else self.view.render()
+        start = time.perf_counter()
+        picture = self.distraction.frame(self.view) if self.distraction else self.view.render()
+        self.render_seconds += time.perf_counter() - start
+        return picture
 
     def _with_foreground(self, info: dict[str, Any]) -> dict[str, Any]:
         """Return `info` with the mask of the foreground where one was asked for."""

@@ -116,7 +116,8 @@ class TwinQ(nn.Module):
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
     """Move `target` towards `online`: target <- (1 - rate) * target + rate * online."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+    if parameters := list(target.parameters()):
+        torch._foreach_lerp_(parameters, list(online.parameters()), rate)
 
 
 def gradient_norm(module: nn.Module) -> Tensor:

@@ -235,10 +235,10 @@ class Replay(Rows):
         """Return what of an observation [N, ...] is kept in the rows of `envs`."""
         rows = {}
         for name, field in self._observations.items():
-            values = torch.as_tensor(_part(observation, name))
+            values = np.asarray(_part(observation, name))
             if name in self._stacked:
                 values = values[:, -field.shape[0] :]
-            rows[name] = self._as_column(name, values[torch.from_numpy(envs)])
+            rows[name] = self._as_column(name, values[envs])
         check_finite(rows)
         return rows
 
@@ -261,9 +261,9 @@ class Replay(Rows):
     def _check_first(self, observation: Any, envs: np.ndarray) -> None:
         """Refuse stacks that this store could not give back: a first one repeats one frame."""
         for name in self._stacked if len(envs) else ():
-            stack = torch.as_tensor(_part(observation, name))[torch.from_numpy(envs)]
-            frames = stack.unflatten(1, (self.frame_stack, -1))
-            if not torch.equal(frames, frames[:, -1:].expand_as(frames)):
+            stack = np.asarray(_part(observation, name))[envs]
+            frames = stack.reshape(len(envs), self.frame_stack, -1)
+            if (frames != frames[:, -1:]).any():
                 raise ValueError(
                     f"'{name}': the first observation of an episode must be one frame repeated "
                     f"{self.frame_stack} times, as stacks are rebuilt so; reset the environment"

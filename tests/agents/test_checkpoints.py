@@ -205,10 +205,14 @@ def test_rewritten_rows_come_back_whether_or_not_they_were_stored_before(tmp_pat
     for number, ids in enumerate((old[:6], old[3:9], new[-4:])):
         replay.write(ids, "reward", np.full(len(ids), number))
         replay.write(ids, "latent", np.full((len(ids), 2), -number))
-    store.save(2, {}, replay)
+    folder = store.save(2, {}, replay)
+    latest = load_tree(folder, "replay")["changed"]["reward"]["ids"]
+    assert sorted(latest) == sorted(old[:9])  # not the new ones: their rows were written just now
     player.play(3)
     replay.write(old[10:12], "reward", [9, 9])
-    store.save(3, {}, replay)
+    folder = store.save(3, {}, replay)
+    latest = load_tree(folder, "replay")["changed"]["reward"]["ids"]
+    assert sorted(latest) == sorted([*old[:9], *old[10:12]])
     restored = make_replay()
     resumed = CheckpointStore(tmp_path)
     resumed.load(replay=restored)
@@ -429,6 +433,8 @@ KILLED = """
         assert value in (3, 4), value
         assert_same_replay(restored, before if value == 3 else replay)
         assert resumed.load("best")["agent"] in (3, 4)
+        for whole in resumed._folders():  # what can be seen can be loaded
+            CheckpointStore(folder).load(whole, replay=make_replay(rows=8))
         # The next save works, and tidies up whatever the kill left.
         resumed.save(5, {"agent": 5}, restored)
         left = sorted(f.name for f in (folder / "checkpoints").iterdir())

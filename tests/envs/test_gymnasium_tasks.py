@@ -124,6 +124,10 @@ def test_actions_are_rescaled_to_the_tasks_own_bounds(task: str) -> None:
     theirs.close()
 
 
+def test_a_module_that_registers_the_task_may_be_named() -> None:
+    assert GymnasiumTask("gymnasium.envs:CartPole-v1").episode_length == 500
+
+
 def test_a_fall_terminates_and_does_not_truncate() -> None:
     env = GymnasiumTask("CartPole-v1")
     env.reset(seed=0)
@@ -179,6 +183,7 @@ def test_a_running_body_stays_in_the_picture() -> None:
             lambda: GymnasiumTask("CartPol-v1"),
             "unknown Gymnasium task 'CartPol-v1'; did you mean CartP",
         ),
+        (lambda: GymnasiumTask("nowhere:Env-v0"), "needs a package.*nowhere"),
         (lambda: GymnasiumTask("Opaque-v0"), "action space MultiBinary.*expected a bounded Box"),
         (lambda: GymnasiumTask("LunarLander-v3"), "needs a package that is not installed"),
         (lambda: GymnasiumTask("CartPole-v1").view(8, 8, camera="top"), "has one camera only"),

@@ -173,6 +173,14 @@ def test_gymnasium_makes_every_id_with_our_arguments() -> None:
     assert pickle.loads(pickle.dumps(ours.spec)).make().reset(seed=5)[0].shape == (9, 24, 24)
 
 
+def test_any_gymnasium_id_works_with_module_and_namespace() -> None:
+    if "Arcade/Dot-v3" not in gymnasium.registry:
+        gymnasium.register("Arcade/Dot-v3", "gymnasium.envs.classic_control:PendulumEnv")
+    for id in ("gym/Arcade/Dot-v3", "gym/gymnasium.envs:Pendulum-v1"):
+        env = envs.make(id, observation="state", seed=0)
+        np.testing.assert_array_equal(env.reset()[0], env.spec.make().reset(seed=0)[0])
+
+
 def test_gymnasium_makes_a_simulators_task() -> None:
     env = gymnasium.make("metaworld/drawer-open-v0", render_mode="rgb_array", **SMALL)
     assert env.reset(seed=0)[0].shape == (9, 32, 32)

@@ -281,6 +281,41 @@ def test_repeated_failures_at_the_start_are_an_error() -> None:
         make(2, 2, trouble="die", at=-1)
 
 
+def test_a_worker_that_fails_again_and_again_is_an_error() -> None:
+    envs = make(2, 2, trouble="die", at=1)
+    envs.reset(seed=1)
+    with pytest.warns(UserWarning, match="replaced"):
+        roll(envs, 2)
+    with pytest.raises(WorkerError, match=r"worker 1 .* failed 3 times in a row; it was killed by"):
+        roll(envs, 1)
+    assert envs.worker_failures == 3
+    envs.close()
+
+
+def test_a_worker_that_fails_now_and_then_is_replaced_every_time() -> None:
+    envs = make(1, 1, trouble="die", at=2)
+    envs.reset(seed=1)
+    with pytest.warns(UserWarning, match="replaced"):
+        dropped = [bool(info["dropped"][0]) for *_, info in roll(envs, 8)]
+    assert dropped == [False, True] * 4
+    assert envs.worker_failures == 4
+    envs.close()
+
+
+def test_requests_out_of_turn_are_refused() -> None:
+    envs = make(2, 2)
+    envs.reset(seed=1)
+    with pytest.raises(RuntimeError, match="is not taking a step: call step_async"):
+        envs.step_wait()
+    envs.step_async(np.zeros((2, 1)))
+    for request in (envs.get_state, envs.reset, lambda: envs.step_async(np.zeros((2, 1)))):
+        with pytest.raises(RuntimeError, match="is taking a step: call step_wait"):
+            request()
+    envs.step_wait()
+    envs.get_state()
+    envs.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_of_the_environment_come_with_their_traceback(workers: int) -> None:
     envs = make(2, workers, trouble="raise", at=2)
@@ -342,18 +377,21 @@ def test_close_leaves_no_process_behind() -> None:
 
 
 SCRIPT = """
-    import os, signal, sys
+    import functools, os, signal, sys
+    import numpy as np
     import torch                       # as every training script does
     from test_vector import Counting, VectorEnv
 
     if __name__ == "__main__":
-        envs = VectorEnv([Counting] * 2, workers=2)
+        factory = functools.partial(Counting, trouble="hang", at=1)
+        envs = VectorEnv([factory] * 2, workers=2)
         envs.reset(seed=0)
         for imported in envs.call("imported"):
             assert "torch" not in imported
         assert envs.call("threads") == (["1", "1"],) * 2
         print(*envs.call("process"), flush=True)
         if sys.argv[1] == "killed":
+            envs.step_async(np.zeros((2, 1)))  # they hang, and do not see that the pipe is closed
             os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[1] == "closed":
             envs.close()

@@ -1,0 +1,54 @@
+"""Action distributions against `torch.distributions`."""
+
+import torch
+from torch.distributions import Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
+
+from agents.core.distributions import bound_log_std, clipped_gaussian, squashed_gaussian
+
+
+def test_squashed_log_prob_equals_torch_distributions_in_double_precision():
+    torch.manual_seed(0)
+    mean, log_std = torch.randn(64, 3).double(), torch.randn(64, 3).double().clamp(-2, 1)
+    noise = torch.randn(64, 3).double()
+    action, log_prob = squashed_gaussian(mean, log_std, noise)
+    reference = TransformedDistribution(
+        Normal(mean, log_std.exp()), [TanhTransform(cache_size=1)]
+    )
+    u = mean + log_std.exp() * noise
+    expected = reference.log_prob(reference.transforms[0](u)).sum(-1)
+    torch.testing.assert_close(action, torch.tanh(u))
+    torch.testing.assert_close(log_prob, expected)
+
+
+def test_squashed_log_prob_stays_finite_at_the_border():
+    action, log_prob = squashed_gaussian(
+        torch.full((1, 2), 30.0), torch.zeros(1, 2), torch.zeros(1, 2)
+    )
+    assert action.max() <= 1
+    assert torch.isfinite(log_prob).all()
+
+
+def test_squashed_density_integrates_to_one():
+    u = torch.linspace(-8, 8, 20001).double()
+    mean, log_std = torch.tensor([0.3]).double(), torch.tensor([-0.4]).double()
+    noise = ((u - mean) / log_std.exp())[:, None]
+    action, log_prob = squashed_gaussian(mean.expand(len(u), 1), log_std.expand(len(u), 1), noise)
+    assert abs(torch.trapezoid(log_prob.exp(), action[:, 0]).item() - 1) < 1e-5
+
+
+def test_bound_log_std_covers_its_interval():
+    raw = torch.tensor([-50.0, 0.0, 50.0])
+    assert bound_log_std(raw, -10, 2).tolist() == [-10.0, -4.0, 2.0]
+
+
+def test_clipped_gaussian_bounds_noise_and_action():
+    mean, noise = torch.tensor([[0.0, 0.95]]), torch.tensor([[5.0, 5.0]])
+    action = clipped_gaussian(mean, 1.0, noise, 0.3)
+    torch.testing.assert_close(action, torch.tensor([[0.3, 1.0 - 1e-6]]))
+
+
+def test_clipped_gaussian_keeps_the_gradient_of_the_mean_at_the_border():
+    mean = torch.tensor([[0.99]], requires_grad=True)
+    clipped_gaussian(mean, 1.0, torch.tensor([[3.0]]), None).sum().backward()
+    assert mean.grad.item() == 1.0

@@ -1,0 +1,112 @@
+"""Saliency against captum, masks against torch.quantile."""
+
+import copy
+
+import captum.attr
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from agents.core.encoders import PixelEncoder
+from agents.core.networks import ReLU, mlp
+from agents.core.saliency import frame_saliency, input_gradient, mask_channels, quantile_mask
+
+
+class Value(nn.Module):
+    """An encoder and a head with our ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = PixelEncoder(9, (24, 24), "drqv2")
+        self.head = mlp([self.encoder.out_features, 16, 16, 1])
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def with_torch_relu(net):
+    """Return a copy whose activations are torch's, which is what captum hooks."""
+    net = copy.deepcopy(net)
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, ReLU):
+                setattr(module, name, nn.ReLU())
+    return net
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    net = Value()
+    for parameter in net.parameters():  # orthogonal kernels hide mistakes in what borders see
+        nn.init.normal_(parameter, std=0.1)
+    return net, torch.randn(4, 9, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("rule", "method"),
+    [("guided", captum.attr.GuidedBackprop), ("gradient", captum.attr.Saliency)],
+)
+def test_input_gradients_equal_captums(case, rule, method):
+    net, x = case
+    inputs = x.clone().requires_grad_()
+    ours = input_gradient(net(inputs)[:, 0], inputs, rule)
+    reference = method(with_torch_relu(net))
+    if rule == "guided":
+        theirs = reference.attribute(x.clone().requires_grad_(), target=0)
+        assert not torch.allclose(ours, input_gradient(net(inputs)[:, 0], inputs, "gradient"))
+    else:
+        theirs = reference.attribute(x.clone().requires_grad_(), target=0, abs=False)
+    assert theirs.abs().max() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_saliency_on_a_kept_graph_leaves_the_losses_gradient_as_it_was(case):
+    net, x = case
+    net(x).square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    inputs = x.clone().requires_grad_()
+    value = net(inputs)
+    input_gradient(value[:, 0], inputs, "guided", retain_graph=True)
+    value.square().sum().backward(inputs=list(net.parameters()))
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert inputs.grad is None
+
+
+def test_frame_saliency_is_the_largest_magnitude_over_rgb_of_each_frame():
+    gradient = torch.randn(2, 9, 5, 5)
+    expected = gradient.abs().view(2, 3, 3, 5, 5).amax(2)
+    assert torch.equal(frame_saliency(gradient), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    quantile=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.93, 0.95, 0.98, 0.999]),
+    size=st.integers(2, 13),
+    levels=st.integers(1, 50),
+    seed=st.integers(0, 1000),
+)
+def test_quantile_mask_equals_torch_quantile_ties_included(quantile, size, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    saliency = torch.randint(0, levels, (2, 3, size, size), generator=generator).double()
+    threshold = torch.quantile(saliency.flatten(-2), quantile, dim=-1)[..., None, None]
+    # A quantile between two equal neighbors may round below them; both sides agree on the order.
+    expected = saliency >= threshold - 1e-9
+    assert torch.equal(quantile_mask(saliency, quantile), expected)
+
+
+def test_quantile_mask_keeps_the_stated_share():
+    saliency = torch.rand(4, 3, 48, 48)
+    share = quantile_mask(saliency, 0.95).float().mean((2, 3))
+    torch.testing.assert_close(share, torch.full((4, 3), 0.05), atol=5e-4, rtol=0)
+
+
+def test_mask_channels_repeats_over_rgb():
+    mask = torch.rand(2, 3, 4, 4) > 0.5
+    repeated = mask_channels(mask)
+    for channel in range(9):
+        assert torch.equal(repeated[:, channel], mask[:, channel // 3])
