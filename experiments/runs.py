@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from agents.core.errors import UserError
+from envs.rendering import gl_renderer
 
 SCHEMA = 1
 """Version of config.json's layout."""
@@ -46,7 +47,9 @@ def begin_run(folder: Path, config: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create run folder '{folder}': {error.strerror}") from error
-    write_json(folder / "system.json", describe_system())
+    task = config["env"]
+    draws = task["observation"] != "state" and not task["id"].startswith("toy/")
+    write_json(folder / "system.json", describe_system(gl=draws))
     (folder / "command.txt").write_text(command_line() + "\n")
     write_json(folder / "config.json", config)
 
@@ -70,8 +73,8 @@ def command_line() -> str:
     return shlex.join([*program, *sys.argv[1:]])
 
 
-def describe_system() -> dict[str, Any]:
-    """Return commit, versions and hardware, for system.json."""
+def describe_system(*, gl: bool = False) -> dict[str, Any]:
+    """Return commit, versions and hardware, for system.json; with `gl`, who draws the pictures."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -90,7 +93,8 @@ def describe_system() -> dict[str, Any]:
             "gpu": gpu,
         },
         "threads": torch.get_num_threads(),
-        "gl_backend": os.environ.get("MUJOCO_GL"),
+        "gl_backend": os.environ.get("MUJOCO_GL") if gl else None,
+        "gl_renderer": gl_renderer() if gl else None,
     }
 
 

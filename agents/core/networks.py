@@ -116,8 +116,9 @@ class TwinQ(nn.Module):
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
     """Move `target` towards `online`: target <- (1 - rate) * target + rate * online."""
-    if parameters := list(target.parameters()):
-        torch._foreach_lerp_(parameters, list(online.parameters()), rate)
+    moving: list[Tensor] = list(target.parameters())
+    if moving:  # a trunk without pixels has none
+        torch._foreach_lerp_(moving, list(online.parameters()), rate)
 
 
 def gradient_norm(module: nn.Module) -> Tensor:
