@@ -63,12 +63,13 @@ class Policy:
             device=device,
         )
         store = CheckpointStore(Path(run))
-        folder = store.latest() if checkpoint == "latest" else store.folder / checkpoint
         parts = store.load(None if checkpoint == "latest" else checkpoint)
         agent.load_state_dict({"networks": parts["agent"]["networks"]})
         counts = ("agent_steps", "env_frames", "gradient_updates")
         progress = {name: parts["progress"][name] for name in counts}
-        return cls(agent, config, folder.name if folder else checkpoint, progress)
+        if checkpoint == "latest":  # whichever is whole
+            checkpoint = f"step-{progress['agent_steps']:09d}"
+        return cls(agent, config, checkpoint, progress)
 
     def act(self, observation: Any) -> np.ndarray:
         """Return the greedy action for one observation, or actions for a batch of them.
@@ -100,9 +101,12 @@ def read_config(run: str | Path) -> dict[str, Any]:
             f"'{run}' is no run folder (it has no config.json); give one that training wrote"
         )
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(file.read_text())
+    except ValueError as error:
         raise UserError(f"'{file}' is damaged ({error}); restore it or train anew") from error
+    if not isinstance(config, dict) or "agent" not in config:
+        raise UserError(f"'{file}' names no agent; give a folder that training wrote")
+    return config
 
 
 def space_to_json(space: gym.Space) -> dict[str, Any]:

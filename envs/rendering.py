@@ -165,9 +165,13 @@ class _Context:
                 "with multiprocessing's 'forkserver' or 'spawn' instead of 'fork'"
             )
         self._lock.acquire()
-        if self._depth == 0:
-            self._before = self._current()
-            self._gl.make_current()
+        try:
+            if self._depth == 0:
+                self._before = self._current()
+                self._gl.make_current()
+        except BaseException:
+            self._lock.release()
+            raise
         self._depth += 1
 
     def __exit__(self, *error: object) -> None:

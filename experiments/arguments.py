@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
@@ -94,6 +95,7 @@ def run_command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
     """
 
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
         try:
             check_packages()
             return main(argv) or 0
@@ -106,6 +108,18 @@ def run_command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
                 raise
             print(f"error: {error}", file=sys.stderr)
             return code
+        finally:
+            warnings.formatwarning = python_format
 
     wrapped.__doc__ = main.__doc__
     return wrapped
+
+
+def _format_warning(message: Any, category: type[Warning], *place: Any, **line: Any) -> str:
+    """Our warnings are for users, who need no place in the code; others keep it."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _python_format(message, category, *place, **line)
+
+
+_python_format = warnings.formatwarning

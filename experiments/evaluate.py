@@ -27,6 +27,7 @@ from agents.core.seeding import spawn_seeds
 from experiments.arguments import Parser, run_command
 from experiments.rollouts import Episodes, random_policy, run_episodes
 from experiments.runs import write_json
+from experiments.settings import check_device
 from wrappers.distraction.presets import CLEAN
 from wrappers.distraction.presets import DISTRACTIONS as KNOWN
 
@@ -112,13 +113,14 @@ def evaluate_run(
     for distraction in distractions:
         if distraction not in (CLEAN, *KNOWN):
             raise UserError.unknown("distraction", distraction, (CLEAN, *KNOWN))
-    policy = Policy.load(run, checkpoint=checkpoint, device=device)
+    policy = Policy.load(run, checkpoint=checkpoint, device=check_device(device))
     task = policy.config["env"]
     counts = policy.progress
     name = name or f"step-{counts['agent_steps']:09d}-{split}-seed{seed}"
     file = run / "evaluations" / f"{name}.json"
     if file.exists() and not overwrite:
         raise UserError(f"'{file}' exists; use --overwrite, or another --name")
+    children = spawn_seeds(seed)[1]
     keywords = {**task, "split": split, "videos": videos or task["videos"], "seed": seed}
     num_envs = min(num_envs, episodes)
     result: dict[str, Any] = {
@@ -132,7 +134,6 @@ def evaluate_run(
         "results": {},
     }
     bar = tqdm(total=episodes * (len(distractions) + 1), unit="episode", disable=None, leave=False)
-    children = spawn_seeds(seed)[1]
     for distraction in ("random policy", *distractions):
         bar.set_description(distraction)
         is_random = distraction == "random policy"

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +53,11 @@ def begin_run(folder: Path, config: dict[str, Any]) -> None:
     write_json(folder / "system.json", describe_system(gl=draws))
     (folder / "command.txt").write_text(command_line() + "\n")
     write_json(folder / "config.json", config)
+
+
+def abandon_run(folder: Path) -> None:
+    """Remove the folder of a run that could not start, so that its name is free again."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -11,7 +11,6 @@ command, metrics.csv, TensorBoard events, checkpoints, replay. `--resume` goes o
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from agents.policy import read_config
 from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
-from experiments.runs import SCHEMA, begin_run, default_run_dir, write_json
+from experiments.runs import SCHEMA, abandon_run, begin_run, default_run_dir, write_json
 from experiments.session import Session
 from experiments.settings import (
     PRESETS,
@@ -84,7 +83,7 @@ def parser(agent: str) -> Parser:
 @run_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--agent", default=DEFAULT_AGENT)
     first.add_argument("--resume", type=Path)
     known, _ = first.parse_known_args(argv)
@@ -93,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given["list"]:
         print("\n".join(envs.list_ids()))
         return 0
-    if given["threads"]:
+    if given["threads"] is not None:
+        if given["threads"] < 1:
+            raise UserError(f"--threads is {given['threads']}; give a positive number")
         torch.set_num_threads(given["threads"])
     if given["resume"]:
         run, config = resumed_config(given, sys.argv[1:] if argv is None else list(argv))
@@ -111,8 +112,6 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     protocol = protocol_values(given.get("protocol"), given["env"])
     sources = (preset, protocol, given)
     seed, seeds = spawn_seeds(given["seed"])
-    if seed < 0:
-        raise UserError(f"seed is {seed}; give 0 or more")
     task = fill(
         Settings(given["env"]), *({k: v for k, v in s.items() if k != "seed"} for s in sources)
     )
@@ -151,8 +150,9 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
                 f"{flag} cannot change with --resume (it would be another run); "
                 f"{', '.join(sorted(allowed))} can"
             )
-    if given["device"] != "auto":
-        config["device"] = check_device(given["device"])
+    config["device"] = check_device(
+        config["device"] if given["device"] == "auto" else given["device"]
+    )
     config["train"] |= {name: given[name] for name in RESUMABLE if name in given}
     return run, config
 
@@ -163,14 +163,26 @@ def train(run: Path, config: dict[str, Any], *, resume: bool = False) -> None:
     from_dict(LoopSettings, loop)  # reject bad values before anything is written
     if not resume:
         begin_run(run, config)
-    with Session(run, config, resume=resume) as session:
+    try:
+        session = Session(run, config, resume=resume)
+    except BaseException:
+        if not resume:
+            abandon_run(run)
+        raise
+    with session:
+        state = session.loop.state
         print(f"run folder: {run}")
+        if resume and state.progress.agent_steps >= session.settings.steps:
+            print(
+                f"nothing to do: it has {state.progress.agent_steps:,} of "
+                f"{session.settings.steps:,} agent steps; give more --steps to go on"
+            )
+            return
+        if resume:  # before training: what was asked for holds after a kill too
+            write_json(run / "config.json", config)
         print(session.estimate())
         with stop_on_signal() as stopped:
             session.train(stopped)
-        if resume:
-            write_json(run / "config.json", config)
-    state = session.loop.state
     print(
         f"{'stopped' if stopped() else 'finished'} after {state.progress.agent_steps:,} agent steps = "
         f"{state.progress.env_frames:,} environment frames, {state.progress.gradient_updates:,} gradient "

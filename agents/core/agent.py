@@ -157,3 +157,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tree: dict[str, Any]) -> N
     full = optimizer.state_dict()
     full["state"] = {int(index): values for index, values in tree.items()}
     optimizer.load_state_dict(full)
+    # Fused Adam walks parameters and moments in the order of memory, and files know no strides:
+    # contiguous moments of a channels_last weight would be taken for those of other elements.
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)

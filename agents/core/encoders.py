@@ -44,13 +44,17 @@ class PixelEncoder(nn.Module):
         in_channels: 3 * frame_stack.
         size: (height, width) of the observation.
         name: a key of `ENCODERS`.
+        bf16: convolve in bfloat16; weights and features stay float32.
 
     Attributes:
         out_features: length of the flattened feature map.
     """
 
-    def __init__(self, in_channels: int, size: tuple[int, int], name: EncoderName) -> None:
+    def __init__(
+        self, in_channels: int, size: tuple[int, int], name: EncoderName, *, bf16: bool = False
+    ) -> None:
         super().__init__()
+        self.bf16 = bf16
         shape = ENCODERS[name]
         self.center = shape.center
         first = nn.Conv2d(in_channels, shape.channels, 3, shape.strides[0])
@@ -73,15 +77,13 @@ class PixelEncoder(nn.Module):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Map pixels in [0, 255] (uint8 or float, [B, C, H, W]) to the encoder's input, in its memory format."""
-        weight = self._first[0].weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+        channels_last = self._first[0].weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
         x = pixels.to(dtype=dtype, memory_format=layout, copy=True)
         return x.mul_(1 / 255).sub_(self.center)
 
     def forward(self, normalized: Tensor) -> Tensor:
-        """Encode normalized pixels [B, C, H, W] to features [B, out_features]."""
-        return self.convs(normalized).flatten(1)
+        """Encode normalized pixels [B, C, H, W] to features, float32 [B, out_features]."""
+        with torch.autocast(normalized.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.convs(normalized).flatten(1).float()

@@ -135,6 +135,7 @@ class OffPolicyLoop:
         self.random = np.random.default_rng(seed)
         self.seed = seed
         self.observation: Any = None
+        self._saved = -1  # agent steps of the newest checkpoint
         self._metrics: list[dict[str, Tensor]] = []
         self._returns: list[float] = []
         self._lengths: list[float] = []
@@ -147,6 +148,7 @@ class OffPolicyLoop:
         self.random.bit_generator.state = parts["random"]
         self.envs.set_state(parts["environments"])  # type: ignore[attr-defined]
         self.observation = parts["observation"]
+        self._saved = self.state.progress.agent_steps
 
     def run(self) -> LoopState:
         """Train until `settings.steps` (or until asked to stop), save, and return the state."""
@@ -163,7 +165,6 @@ class OffPolicyLoop:
             disable=None,
             smoothing=0.05,
         )
-        saved = -1
         while progress.agent_steps < settings.steps and not self.hooks.stop():
             self._step()
             progress.wall_seconds = time.perf_counter() - self._started
@@ -174,9 +175,9 @@ class OffPolicyLoop:
                 self._evaluate()
             if self._due(settings.checkpoint_every):
                 self.save()
-                saved = progress.agent_steps
-        if saved != progress.agent_steps:
-            self._log(bar)
+        if self._saved != progress.agent_steps:
+            if self._log_mark[1] != progress.agent_steps:
+                self._log(bar)
             self.save()
         bar.close()
         return self.state
@@ -201,6 +202,7 @@ class OffPolicyLoop:
             },
             self.replay,
         )
+        self._saved = self.state.progress.agent_steps
 
     def _step(self) -> None:
         """Take one step in every environment, and the updates that are due meanwhile."""

@@ -95,8 +95,8 @@ class Trunk(nn.Module):
         if self.project is None:
             return features
         pixels, state = features.split(self.split, dim=1)
-        projected = self.project(pixels).float()
-        return torch.cat([projected, state.float()], dim=1) if self.split[1] else projected
+        projected = self.project(pixels)
+        return torch.cat([projected, state], dim=1) if self.split[1] else projected
 
 
 class TwinQ(nn.Module):
@@ -110,7 +110,7 @@ class TwinQ(nn.Module):
     def forward(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Return both values, float32 [B] each."""
         x = torch.cat([features, action], dim=1)
-        return self.q1(x).squeeze(1).float(), self.q2(x).squeeze(1).float()
+        return self.q1(x).squeeze(1), self.q2(x).squeeze(1)
 
 
 @torch.no_grad()

@@ -7,13 +7,21 @@ import random
 import numpy as np
 import torch
 
+from agents.core.errors import UserError
+
 STREAMS = ("environment", "agent", "replay", "evaluation", "exploration")
 
 
 def spawn_seeds(seed: int | None) -> tuple[int, dict[str, int]]:
-    """Return the run's seed (drawn when None) and one child seed for every stream in `STREAMS`."""
+    """Return the run's seed (drawn when None) and one child seed for every stream in `STREAMS`.
+
+    Raises:
+        UserError: the seed is negative.
+    """
     if seed is None:
         seed = int(np.random.SeedSequence().entropy) % 2**31  # type: ignore[arg-type]
+    if seed < 0:
+        raise UserError(f"seed is {seed}; give 0 or more")
     children = np.random.SeedSequence(seed).spawn(len(STREAMS))
     return seed, {
         name: int(child.generate_state(1)[0]) for name, child in zip(STREAMS, children, strict=True)

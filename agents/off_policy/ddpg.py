@@ -65,7 +65,7 @@ class DeterministicActor(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the mean action in (-1, 1), float32 [B, A]."""
-        return torch.tanh(self.head(self.trunk(features)).float())
+        return torch.tanh(self.head(self.trunk(features)))
 
 
 def actor_loss(values: tuple[Tensor, Tensor]) -> Tensor:
@@ -105,11 +105,10 @@ class DDPG(ActorCritic):
 
     def update_actor(self, features: Tensor) -> dict[str, Tensor]:
         """Step the actor."""
-        with self.autocast():
-            action = self._noisy(self.actor(features), self.config.noise_clip)
-            self.critic.requires_grad_(False)
-            loss = actor_loss(self.critic(features, action))
-            self.critic.requires_grad_(True)
+        action = self._noisy(self.actor(features), self.config.noise_clip)
+        self.critic.requires_grad_(False)
+        loss = actor_loss(self.critic(features, action))
+        self.critic.requires_grad_(True)
         self.actor_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = gradient_norm(self.actor)

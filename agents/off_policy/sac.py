@@ -50,7 +50,7 @@ class SquashedActor(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log_std, float32 [B, A] each."""
-        mean, raw = self.head(self.trunk(features)).float().chunk(2, dim=1)
+        mean, raw = self.head(self.trunk(features)).chunk(2, dim=1)
         return mean, bound_log_std(raw, *self.bounds)
 
 
@@ -111,12 +111,10 @@ class SAC(ActorCritic):
 
     def update_actor(self, features: Tensor) -> dict[str, Tensor]:
         """Step actor and temperature."""
-        with self.autocast():
-            action, log_prob = self._sample(*self.actor(features))
-            self.critic.requires_grad_(False)
-            values = self.critic(features, action)
-            self.critic.requires_grad_(True)
-            loss = actor_loss(values, log_prob, self.alpha)
+        action, log_prob = self._sample(*self.actor(features))
+        self.critic.requires_grad_(False)
+        loss = actor_loss(self.critic(features, action), log_prob, self.alpha)
+        self.critic.requires_grad_(True)
         self.actor_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = gradient_norm(self.actor)

@@ -67,6 +67,7 @@ class SGQNConfig(MethodConfig):
             channels // 3,
             (height, width),
             self.decoder_channels,
+            bf16=critic.encoder.bf16,
         )
         return SGQN(self, view, decoder)
 
@@ -79,9 +80,16 @@ class AttributionDecoder(nn.Module):
     """
 
     def __init__(
-        self, features: int, frames: int, size: tuple[int, int], channels: tuple[int, int]
+        self,
+        features: int,
+        frames: int,
+        size: tuple[int, int],
+        channels: tuple[int, int],
+        *,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
+        self.bf16 = bf16
         self.size = size
         self.grid = (32, -(-size[0] // 4), -(-size[1] // 4))
         self.project = nn.Linear(features, self.grid[0] * self.grid[1] * self.grid[2])
@@ -91,12 +99,13 @@ class AttributionDecoder(nn.Module):
         self.relu = ReLU()
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
-        """Return logits, [B, k, H, W]."""
+        """Return logits, float32 [B, k, H, W]."""
         x = self.project(torch.cat([features, action], dim=1)).view(-1, *self.grid)
-        x = self.relu(self.conv1(self.relu(x)))
-        x = self.relu(self.conv2(F.interpolate(x, scale_factor=2.0)))
-        logits = self.conv3(F.interpolate(x, scale_factor=2.0))
-        return logits[..., : self.size[0], : self.size[1]]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.relu(self.conv1(self.relu(x)))
+            x = self.relu(self.conv2(F.interpolate(x, scale_factor=2.0)))
+            logits = self.conv3(F.interpolate(x, scale_factor=2.0))
+        return logits[..., : self.size[0], : self.size[1]].float()
 
 
 def consistency_loss(full: tuple[Tensor, Tensor], masked: tuple[Tensor, Tensor]) -> Tensor:
@@ -106,7 +115,7 @@ def consistency_loss(full: tuple[Tensor, Tensor], masked: tuple[Tensor, Tensor])
 
 def attribution_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Return the binary cross-entropy of predicted and computed masks (eq. 4)."""
-    return F.binary_cross_entropy_with_logits(logits.float(), mask.float())
+    return F.binary_cross_entropy_with_logits(logits, mask.float())
 
 
 def blank_outside(pixels: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
