@@ -25,12 +25,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 # A headless GL backend: EGL, else OSMesa; where neither is there, install Mesa's, or say what to install.
 gl: $(STAMP)
-	@$(BIN)/python -m envs.rendering || { \
+	@$(BIN)/python -W ignore -m envs.rendering || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "installing Mesa's software GL"; \
 	    apt-get update -qq && apt-get install -y -qq --no-install-recommends libegl1 libgl1 libgl1-mesa-dri libosmesa6; \
 	  fi; \
-	  $(BIN)/python -m envs.rendering; }
+	  $(BIN)/python -W ignore -m envs.rendering; }
 
 demo: setup
 	$(BIN)/python -m experiments.demo

@@ -17,6 +17,9 @@ from agents.core.errors import UserError
 from agents.core.settings import from_dict
 from agents.registry import find, make_agent
 
+REQUIRED = {"agent", "env", "vector", "train", "configs", "device"}
+"""What every run's config.json holds."""
+
 
 class Policy:
     """An agent that only acts.
@@ -104,8 +107,8 @@ def read_config(run: str | Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"'{file}' is damaged ({error}); restore it or train anew") from error
-    if not isinstance(config, dict) or "agent" not in config:
-        raise UserError(f"'{file}' names no agent; give a folder that training wrote")
+    if not isinstance(config, dict) or not config.keys() >= REQUIRED:
+        raise UserError(f"'{file}' is no run's config; give a folder that training wrote")
     return config
 
 

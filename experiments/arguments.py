@@ -69,8 +69,10 @@ def _flag(hint: Any) -> dict[str, Any]:
     """Return argparse keywords for a field's type."""
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
-        (inner,) = [part for part in typing.get_args(hint) if part is not type(None)][:1]
-        return _flag(inner)
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        if set(parts) == {str, int}:
+            return {"type": _name_or_number, "metavar": "NAME|NUMBER"}
+        return _flag(parts[0])
     if origin is Literal:
         return {"choices": typing.get_args(hint), "metavar": "|".join(typing.get_args(hint))}
     if origin is tuple:
@@ -79,6 +81,10 @@ def _flag(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def _name_or_number(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
 
 
 class _Tuple(argparse.Action):

@@ -61,7 +61,8 @@ def abandon_run(folder: Path) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON atomically."""
+    """Write JSON atomically, into a folder that is made when it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("w") as handle:
         json.dump(content, handle, indent=2)

@@ -106,6 +106,8 @@ def check_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("the agents were never tried there")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

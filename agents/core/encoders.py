@@ -80,10 +80,15 @@ class PixelEncoder(nn.Module):
         channels_last = self._first[0].weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        x = pixels.to(dtype=dtype, memory_format=layout, copy=True)
+        # One after the other, and the layout in the smaller type: both at once take twice as long on CPU.
+        small = pixels if pixels.dtype == torch.uint8 else pixels.to(dtype)
+        x = small.contiguous(memory_format=layout).to(dtype, copy=True)
         return x.mul_(1 / 255).sub_(self.center)
 
     def forward(self, normalized: Tensor) -> Tensor:
-        """Encode normalized pixels [B, C, H, W] to features, float32 [B, out_features]."""
+        """Encode normalized pixels [B, C, H, W] to features, float32 [B, out_features].
+
+        They are flattened in NHWC order: without a copy, and the gradient comes back in the convolutions' layout.
+        """
         with torch.autocast(normalized.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.convs(normalized).flatten(1).float()
+            return self.convs(normalized).permute(0, 2, 3, 1).flatten(1).float()

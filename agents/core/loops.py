@@ -54,7 +54,7 @@ class LoopSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
         for name in ("random_steps", "updates_per_step", "eval_every"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
 
 

@@ -99,6 +99,28 @@ class Trunk(nn.Module):
         return torch.cat([projected, state], dim=1) if self.split[1] else projected
 
 
+def doubled_convolution(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Return conv(F.interpolate(x, scale_factor=2)) of a 3x3 convolution with padding 1, computed at the size of `x`.
+
+    Seen from one of the four phases of the doubled picture, the convolution is one of `x` whose taps are sums of its
+    own. With few output channels that is twice as fast as convolving at the full size.
+
+    Args:
+        x: [B, C, H, W].
+        conv: from C to O channels.
+
+    Returns:
+        [B, O, 2 * H, 2 * W].
+    """
+    # [phase, offset in x, tap]: an even column's left tap lies on the left neighbor, its other two on its own pixel.
+    sums = conv.weight.new_tensor(
+        [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
+    )
+    weight = torch.einsum("piy,qjx,ocyx->opqcij", sums, sums, conv.weight).flatten(0, 2)
+    bias = None if conv.bias is None else conv.bias.repeat_interleave(4)
+    return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=1), 2)
+
+
 class TwinQ(nn.Module):
     """Two independent Q functions over (trunk output, action)."""
 

@@ -39,8 +39,8 @@ def input_gradient(
 
 def frame_saliency(gradient: Tensor) -> Tensor:
     """Reduce a gradient [B, 3*k, H, W] to one map per frame: the largest magnitude over RGB, [B, k, H, W]."""
-    magnitude = gradient.abs()
-    # Three strided slices: a reduction over an axis of length 3 is ten times slower on CPU.
+    magnitude = gradient.contiguous().abs()
+    # Three slices of whole planes: a reduction over an axis of length 3 is ten times slower on CPU.
     return torch.maximum(torch.maximum(magnitude[:, ::3], magnitude[:, 1::3]), magnitude[:, 2::3])
 
 
@@ -59,15 +59,15 @@ def quantile_mask(saliency: Tensor, quantile: float) -> Tensor:
     Returns:
         bool [B, k, H, W].
     """
+    saliency = saliency.float()
     flat = saliency.flatten(-2)
     index = math.ceil(quantile * (flat.shape[-1] - 1) - 1e-9)
     if flat.device.type == "cpu":
         # NumPy's partition is vectorized (AVX-512 / AVX2 quickselect); torch's topk and kthvalue are not.
-        array = flat.float().numpy()
-        threshold = torch.from_numpy(np.partition(array, index, axis=-1)[..., index])
+        threshold = torch.from_numpy(np.partition(flat.numpy(), index, axis=-1)[..., index])
     else:
         threshold = flat.topk(flat.shape[-1] - index, dim=-1, sorted=False).values.amin(-1)
-    return saliency >= threshold.to(saliency.dtype)[..., None, None]
+    return saliency >= threshold[..., None, None]
 
 
 def mask_channels(mask: Tensor) -> Tensor:

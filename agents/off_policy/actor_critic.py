@@ -84,6 +84,13 @@ class ActorCriticConfig:
         for name in ("critic_tau", "encoder_tau", "discount", "crop_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number in (0, 1]")
+        for name, value in vars(self).items():
+            if name.endswith("learning_rate") and not value > 0:
+                raise UserError(f"{name} is {value}; give a positive number")
+        if min(self.hidden, default=1) < 1 or self.pad < 0:
+            raise UserError(
+                f"hidden is {self.hidden} and pad {self.pad}; give positive widths and at least 0"
+            )
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:

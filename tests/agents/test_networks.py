@@ -3,10 +3,19 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from agents.core.encoders import ENCODERS, PixelEncoder
 from agents.core.errors import UserError
-from agents.core.networks import ReLU, Trunk, gradient_norm, guided_relu, mlp, polyak_update
+from agents.core.networks import (
+    ReLU,
+    Trunk,
+    doubled_convolution,
+    gradient_norm,
+    guided_relu,
+    mlp,
+    polyak_update,
+)
 
 
 def test_guided_relu_drops_negative_gradients_only_inside_the_context():
@@ -67,7 +76,8 @@ def test_memory_format_does_not_change_the_features(name, layout):
     torch.manual_seed(0)
     encoder = PixelEncoder(9, (48, 48), name)
     pixels = torch.randint(0, 256, (2, 9, 48, 48), dtype=torch.uint8)
-    expected = encoder.convs(pixels.float() / 255 - ENCODERS[name].center).flatten(1)
+    maps = encoder.convs(pixels.float() / 255 - ENCODERS[name].center)
+    expected = maps.permute(0, 2, 3, 1).flatten(1)
     encoder.to(memory_format=layout)
     before = pixels.clone()
     torch.testing.assert_close(encoder(encoder.normalize(pixels)), expected)
@@ -92,3 +102,20 @@ def test_trunk_passes_the_state_beside_the_projection():
     out = trunk(features)
     assert out.shape == (3, 6)
     assert torch.equal(out[:, 4:], features[:, 6:])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_doubled_convolution_equals_convolving_the_doubled_picture_with_its_gradients(bias):
+    conv = torch.nn.Conv2d(3, 2, 3, padding=1, bias=bias)
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    ours = doubled_convolution(x, conv)
+    expected = conv(F.interpolate(x, scale_factor=2.0))
+    torch.testing.assert_close(ours, expected)
+    weights = torch.randn_like(expected)
+    inputs = [x, *conv.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)

@@ -176,9 +176,9 @@ def test_hundreds_of_views_leave_no_memory_behind():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quality", ["fast", "reference"])
-def test_thousands_of_views_leave_no_memory_behind(quality):
-    assert grown_memory(2000, quality) < 100
+@pytest.mark.parametrize(("quality", "cycles"), [("fast", 4000), ("reference", 400)])
+def test_thousands_of_views_leave_no_memory_behind(quality, cycles):
+    assert grown_memory(cycles, quality) < 100
 
 
 # Pictures ----------------------------------------------------------------------------------------

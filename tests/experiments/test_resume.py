@@ -6,15 +6,16 @@ simulators' states. The runs are cut in mid-episode, with two workers, under a d
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from agents import AGENTS
-from agents.core.trees import load_tree
+from agents.core.loops import OffPolicyLoop
 from experiments.train import main
 from tests.experiments.helpers import (
+    arguments,
     assert_same_run,
     difference,
     final_state,
@@ -41,12 +42,12 @@ def check_resume(agent: str, env: str, folder: Path, half: int, **flags: object)
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_agent_resumes_exactly_on_the_toy_family(agent: str, tmp_path: Path) -> None:
-    check_resume(agent, "toy/reach", tmp_path, half=36, episode_length=15)
+    check_resume(agent, "toy/reach", tmp_path, half=24, episode_length=9)
 
 
 @pytest.mark.parametrize("env", TASKS)
 def test_simulators_resume_exactly_in_mid_episode(env: str, tmp_path: Path) -> None:
-    check_resume("sgqn", env, tmp_path, half=16, random_steps=4, action_repeat=2, episode_length=18)
+    check_resume("sgqn", env, tmp_path, half=16, random_steps=4, action_repeat=2, episode_length=12)
 
 
 @pytest.mark.slow
@@ -55,4 +56,103 @@ def test_simulators_resume_exactly_in_mid_episode(env: str, tmp_path: Path) -> N
 def test_every_agent_resumes_exactly_on_every_simulator(
     agent: str, env: str, tmp_path: Path
 ) -> None:
-    check_resume(agent, env, tmp_path, half=60, action_repeat=2, episode_length=50)
+    check_resume(agent, env, tmp_path, half=40, action_repeat=2, episode_length=30)
+
+
+def test_training_twice_with_one_seed_gives_the_same_run_and_another_seed_another(
+    tmp_path: Path,
+) -> None:
+    flags = {"steps": 20, "distraction": "color_hard"}
+    first = train("svea", "toy/reach", tmp_path / "first", **flags)
+    again = train("svea", "toy/reach", tmp_path / "again", **flags)
+    other = train("svea", "toy/reach", tmp_path / "other", seed=4, **flags)
+    assert_same_run(first, again)
+    with pytest.raises(AssertionError, match="first and other differ"):
+        assert_same_run(first, other)
+
+
+def test_workers_checkpoints_logs_and_evaluations_do_not_change_what_is_learned(
+    tmp_path: Path,
+) -> None:
+    flags = {"steps": 40, "num_envs": 2, "distraction": "video_hard", "episode_length": 9}
+    plain = train("drqv2-sgqn", "toy/reach", tmp_path / "plain", **flags)
+    busy = train(
+        "drqv2-sgqn", "toy/reach", tmp_path / "busy", workers=2,
+        checkpoint_every=6, log_every=2, eval_every=12, eval_episodes=1, **flags,
+    )  # fmt: skip
+    left, right = final_state(plain), final_state(busy)
+    assert right["loop"].pop("best_return") > left["loop"].pop("best_return")
+    assert left.keys() == right.keys()
+    assert difference(left, right) is None
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Make the loop end without saving, as a kill does, when it has taken `step` steps."""
+    real = OffPolicyLoop._step
+
+    def step_or_die(loop: OffPolicyLoop) -> None:
+        if loop.state.progress.agent_steps >= step:
+            raise KeyboardInterrupt
+        real(loop)
+
+    monkeypatch.setattr(OffPolicyLoop, "_step", step_or_die)
+    return monkeypatch
+
+
+def test_metrics_have_no_gap_and_no_double_line_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"log_every": 4, "checkpoint_every": 16, "episode_length": 9, "num_envs": 2}
+    whole = train("drq", "toy/reach", tmp_path / "whole", steps=64, **flags)
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as context:
+        kill_at(42, context)
+        assert main(arguments("drq", "toy/reach", killed, steps=64, **flags)) == 130
+    assert max(step for step, _, _ in metrics(killed)) == 40, "lines are written while it trains"
+    with (killed / "metrics.csv").open("a") as handle:
+        handle.write("42,42,32,0.5")  # a line that the kill cut short
+    resume(killed)
+
+    def lines(run: Path) -> list[tuple[int, str, float]]:
+        return [row for row in metrics(run) if not row[1].startswith("time/")]
+
+    assert lines(killed) == lines(whole)
+    for run in (whole, killed):
+        counts = Counter((step, tag) for step, tag, _ in metrics(run))
+        assert set(counts.values()) == {1}
+        steps = [step for step, tag, _ in metrics(run) if tag == "time/fps"]
+        assert steps == list(range(4, 65, 4))
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_new_total_of_steps_is_kept_through_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train("sac", "toy/reach", tmp_path / "whole", steps=40)
+    run = train("sac", "toy/reach", tmp_path / "run", steps=16, checkpoint_every=8)
+    with monkeypatch.context() as context:
+        kill_at(30, context)
+        assert main(["--resume", str(run), "--steps", "40"]) == 130
+    resume(run)
+    assert_same_run(whole, run)
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("sac", "toy/reach", tmp_path / "run", steps=24)
+
+    def contents() -> dict[Path, bytes]:
+        files = [f for f in run.rglob("*") if f.is_file() and "tensorboard" not in f.parts]
+        return {file: file.read_bytes() for file in files}
+
+    before = contents()
+    capsys.readouterr()
+    resume(run)
+    resume(run, steps=12)
+    out = capsys.readouterr().out
+    assert "nothing to do: it has 24 of 24 agent steps; give more --steps" in out
+    assert "it has 24 of 12 agent steps" in out
+    assert contents() == before
+    resume(run, steps=32)
+    assert final_state(run)["progress"]["agent_steps"] == 32

@@ -1,0 +1,195 @@
+"""An evaluation is repeatable, counts every environment alike, and is what the report reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import envs
+from agents import AGENTS, Policy
+from agents.core.agent import as_observation
+from agents.core.loops import LoopSettings
+from agents.core.settings import from_dict
+from agents.policy import read_config
+from envs.vector import VectorEnv
+from experiments.evaluate import evaluate_run, main
+from experiments.report_runs import read_run
+from experiments.rollouts import run_episodes
+from experiments.session import Session
+from experiments.train import main as train_main
+from tests.experiments.helpers import arguments, train
+
+FLAGS = {"distractions": ("clean", "video_hard"), "episodes": 5, "num_envs": 2, "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the toy family, with a best checkpoint."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return train(
+        "sgqn", "toy/reach", folder, steps=24, eval_every=8, eval_episodes=1, episode_length=9
+    )
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy that nothing was evaluated in."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def test_the_report_reads_what_evaluate_wrote(run: Path) -> None:
+    content = read(evaluate_run(run, **FLAGS, workers=0, media=False))
+    assert content["agent_steps"] == 24
+    assert content["env_frames"] == 24
+    assert content["gradient_updates"] == 14
+    assert content["checkpoint"] == "step-000000024"
+    assert (content["split"], content["videos"], content["seed"]) == ("test", "procedural", 11)
+    seen = read_run(run)
+    assert seen.notes == []
+    assert seen.evaluation is not None
+    assert {*seen.evaluation.results} == {"clean", "video_hard"}
+    for name, row in content["results"].items():
+        assert len(row["returns"]) == len(row["lengths"]) == 5
+        np.testing.assert_array_equal(seen.evaluation.results[name].returns, row["returns"])
+    assert seen.random_returns == [tuple(content["random_policy"]["returns"])]
+
+
+def test_numbers_do_not_depend_on_workers_and_repeat(run: Path) -> None:
+    none = read(evaluate_run(run, **FLAGS, workers=0, media=False, name="none"))
+    two = read(evaluate_run(run, **FLAGS, workers=2, media=False, name="two"))
+    assert two == none
+    other = read(
+        evaluate_run(run, **FLAGS | {"seed": 12}, workers=0, media=False, name="other seed")
+    )
+    assert other["results"]["clean"]["returns"] != none["results"]["clean"]["returns"]
+    assert other["random_policy"] != none["random_policy"]
+
+
+def test_distractions_and_checkpoints_make_a_difference(run: Path) -> None:
+    evaluate_run(run, **FLAGS, workers=0, media=False, name="latest")
+    latest = read(run / "evaluations" / "latest.json")
+    best = read(evaluate_run(run, **FLAGS, workers=0, media=False, name="best", checkpoint="best"))
+    assert best["checkpoint"] == "best"
+    assert best["agent_steps"] in (8, 16)
+    assert best["results"] != latest["results"]
+    assert latest["results"]["clean"] != latest["results"]["video_hard"]
+
+
+def test_an_existing_evaluation_is_kept_unless_overwriting_is_asked_for(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(run), "--distractions", "clean", "--episodes", "1", "--workers", "0"]
+    assert main([*words, "--no-media"]) == 0
+    (file,) = (run / "evaluations").glob("*.json")
+    file.write_text("precious")
+    assert main([*words, "--no-media"]) == 2
+    assert "exists; use --overwrite" in capsys.readouterr().err
+    assert file.read_text() == "precious"
+    assert main([*words, "--no-media", "--overwrite"]) == 0
+    assert read(file)["episodes_per_distraction"] == 1
+
+
+def test_a_video_and_the_saliency_are_written_for_every_distraction(run: Path) -> None:
+    file = evaluate_run(run, **FLAGS, workers=0)
+    folder = file.with_suffix("")
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}{kind}" for name in FLAGS["distractions"] for kind in (".mp4", "_saliency.png")
+    }
+    clean, hard = (iio.imread(folder / f"{name}.mp4") for name in ("clean", "video_hard"))
+    assert len(clean) == 9, "one picture for each step of the episode"
+    top = np.s_[:, : clean.shape[1] // 4]
+    assert np.abs(clean[top].astype(int) - hard[top]).mean() > 5, "the sky is replaced"
+
+
+class Countdown(gym.Env):
+    """Episodes of a given length; the return tells which environment it was."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, length: int) -> None:
+        self.length, self.left = length, length
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.left = self.length
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        return np.zeros(1, np.float32), 1.0, False, self.left == 0, {}
+
+
+def test_every_environment_gives_the_same_number_of_episodes() -> None:
+    vector = VectorEnv([lambda n=n: Countdown(n) for n in (2, 3, 50)])
+    done: list[int] = []
+    seen = run_episodes(
+        lambda _: np.zeros((3, 1), np.float32), vector, 7, seed=0, progress=done.append
+    )
+    assert sorted(seen.returns) == [2, 2, 2, 3, 3, 50, 50], "short episodes are not favored"
+    assert sorted(seen.lengths) == [2, 2, 2, 3, 3, 50, 50]
+    assert done == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_policies_act_as_the_agent_does_singly_and_in_batches(run: Path) -> None:
+    config = read_config(run)
+    with Session(run, config, resume=True) as session:
+        observation, _ = session.envs.reset(seed=5)
+        observation = np.concatenate([observation, 255 - observation])
+        seen = as_observation(observation, torch.device("cpu"))
+        expected, _, _ = session.agent.act(seen, explore=False)
+    policy = Policy.load(run)
+    assert policy.progress == {"agent_steps": 24, "env_frames": 24, "gradient_updates": 14}
+    np.testing.assert_array_equal(policy.act(observation), expected)
+    single = policy.act(observation[0])
+    assert single.shape == expected[0].shape
+    np.testing.assert_allclose(single, expected[0], rtol=0, atol=1e-6)
+    assert not np.allclose(expected[0], expected[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("observation", ["state", "both"])
+def test_policies_take_states_and_dicts(observation: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = arguments("drqv2", "toy/reach", run, steps=14, observation=observation)
+    assert train_main(words) == 0
+    policy = Policy.load(str(run))
+    env = envs.make(**policy.config["env"])
+    seen, _ = env.reset(seed=1)
+    action = policy.act(seen)
+    assert action.shape == env.action_space.shape
+    batch = (
+        {key: np.stack([part, part]) for key, part in seen.items()}
+        if isinstance(seen, dict)
+        else np.stack([seen, seen])
+    )
+    np.testing.assert_allclose(policy.act(batch), [action, action], atol=1e-6)
+
+
+def test_a_policy_tells_which_checkpoint_it_fell_back_to(tmp_path: Path) -> None:
+    run = train("drq", "toy/reach", tmp_path / "run", steps=20, checkpoint_every=12)
+    (run / "checkpoints" / "step-000000020" / "agent.safetensors").write_bytes(b"cut")
+    with pytest.warns(UserWarning, match="falling back to step-000000012"):
+        policy = Policy.load(run)
+    assert policy.checkpoint == "step-000000012"
+    assert policy.progress["agent_steps"] == 12
+
+
+def test_a_runs_config_rebuilds_every_dataclass(run: Path) -> None:
+    config = read_config(run)
+    loop = {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")}
+    assert from_dict(LoopSettings, loop).steps == 24
+    for default in AGENTS["sgqn"].configs:
+        saved = config["configs"][type(default).__name__]
+        assert from_dict(type(default), saved) != default, "the run's values, not the defaults"

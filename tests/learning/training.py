@@ -1,0 +1,93 @@
+"""Train an agent on a toy task in seconds, whole or broken on purpose, and score it."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+import envs
+from agents import AGENTS, make_agent
+from agents.core.agent import as_observation
+from agents.core.replay import Replay
+
+CPU = torch.device("cpu")
+SMALL = {
+    "encoder": "small",
+    "feature_dim": 32,
+    "hidden": (64, 64),
+    "batch_size": 32,
+    "decoder_channels": (8, 8),
+    "discount": 0.9,
+    "n_step": 1,
+    "critic_tau": 0.02,
+    "actor_every": 1,
+    "target_every": 1,
+    "actor_learning_rate": 1e-3,
+    "critic_learning_rate": 1e-3,
+    "temperature_learning_rate": 1e-3,
+    "precision": "fp32",
+}
+RANDOM_STEPS = 200
+
+
+def train(name, *, steps, seed=0, observation="pixels", shuffle_rewards=False, **changes):
+    """Train on toy/reach without distraction; returns the agent.
+
+    Args:
+        name: an agent.
+        steps: environment steps, an update each after the first 200.
+        seed: of everything.
+        observation: pixels or state.
+        shuffle_rewards: store rewards of other moments: nothing can be learned from them.
+        **changes: config fields.
+    """
+    values = {**SMALL, "noise_steps": steps // 2, **changes}
+    configs = [
+        dataclasses.replace(
+            config,
+            **{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values},
+        )
+        for config in AGENTS[name].configs
+    ]
+    vector = envs.make_vec("toy/reach", 1, size=24, seed=seed, observation=observation)
+    spaces = vector.single_observation_space, vector.single_action_space
+    agent = make_agent(name, *spaces, configs=configs, seed=seed)
+    replay = Replay(*spaces, capacity=4000, num_envs=1, seed=seed, log=lambda line: None)
+    random = np.random.default_rng(seed)
+    settings = agent.replay_settings
+    seen, _ = vector.reset(seed=seed)
+    replay.start(seen)
+    rewards = [0.0]
+    for step in range(steps):
+        agent.set_progress(step)
+        if step < RANDOM_STEPS:
+            action = random.uniform(-1, 1, (1, *spaces[1].shape)).astype(np.float32)
+        else:
+            action = agent.act(as_observation(seen, CPU), explore=True)[0]
+        seen, reward, terminated, truncated, info = vector.step(action)
+        rewards.append(float(reward[0]))
+        if shuffle_rewards:
+            reward = np.array([rewards[random.integers(len(rewards))]])
+        replay.add(action, reward, terminated, truncated, seen, info.get("final_obs"))
+        if step >= RANDOM_STEPS:
+            batch = replay.sample(
+                settings.batch_size, n_step=settings.n_step, discount=settings.discount
+            )
+            agent.update(batch)
+    vector.close()
+    return agent
+
+
+def score(agent, *, distraction=None, observation="pixels", episodes=30):
+    """Return the mean greedy return over episodes that start in fixed states."""
+    vector = envs.make_vec(
+        "toy/reach", episodes, size=24, distraction=distraction, split="test", observation=observation
+    )
+    seen, _ = vector.reset(seed=1234)
+    total = np.zeros(episodes)
+    for _ in range(25):
+        action = agent.act(as_observation(seen, CPU), explore=False)[0]
+        seen, reward, *_ = vector.step(action)
+        total += reward
+    vector.close()
+    return float(total.mean())
