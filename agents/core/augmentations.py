@@ -23,13 +23,13 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 def random_shift(pixels: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Shift each sample by up to `pad` pixels, repeating the border (DrQ, https://arxiv.org/abs/2004.13649).
 
-    DrQ-v2 does the same with bilinear `grid_sample`; its shifts are whole pixels, so a gather is equal and exact.
+    DrQ-v2 does the same with bilinear `grid_sample`; its shifts are whole pixels, so copying is equal and exact.
     """
     b, _, h, w = pixels.shape
     offsets = torch.randint(-pad, pad + 1, (2, b, 1), generator=generator, device=pixels.device)
     rows = (torch.arange(h, device=pixels.device) + offsets[0]).clamp_(0, h - 1)
-    columns = (torch.arange(w, device=pixels.device) + offsets[1]).clamp_(0, w - 1)
-    return _take(pixels, rows, columns)
+    left, right = (edge.expand(-1, -1, -1, pad) for edge in (pixels[..., :1], pixels[..., -1:]))
+    return _take(torch.cat([left, pixels, right], dim=3), rows, offsets[1] + pad, w)
 
 
 def random_crop(pixels: Tensor, generator: torch.Generator, size: int) -> Tensor:
@@ -40,8 +40,7 @@ def random_crop(pixels: Tensor, generator: torch.Generator, size: int) -> Tensor
     b, _, h, w = pixels.shape
     top = torch.randint(0, h - size + 1, (b, 1), generator=generator, device=pixels.device)
     left = torch.randint(0, w - size + 1, (b, 1), generator=generator, device=pixels.device)
-    window = torch.arange(size, device=pixels.device)
-    return _take(pixels, window + top, window + left)
+    return _take(pixels, torch.arange(size, device=pixels.device) + top, left, size)
 
 
 def center_crop(pixels: Tensor, size: int) -> Tensor:
@@ -76,13 +75,19 @@ def overlay(
     """
     b, c, h, w = pixels.shape
     drawn = images.sample(b, (h, w), generator, pixels.device)
-    blended = pixels.view(b, c // 3, 3, h, w).float().mul_(1 - alpha)
-    return blended.add_(drawn.float()[:, None], alpha=alpha).view(b, c, h, w)
+    frames = pixels.view(b, c // 3, 3, h, w).float()
+    return frames.lerp(drawn.float()[:, None], alpha).view(b, c, h, w)
 
 
-def _take(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Gather rows [B, h] and columns [B, w] of each sample with one flat gather."""
-    b, c, _, w = pixels.shape
-    index = (rows[:, :, None] * w + columns[:, None, :]).view(b, 1, -1)
-    taken = pixels.flatten(2).gather(2, index.expand(b, c, index.shape[-1]))
-    return taken.view(b, c, rows.shape[1], columns.shape[1])
+def _take(pixels: Tensor, rows: Tensor, left: Tensor, width: int) -> Tensor:
+    """Cut `width` pixels from column `left` [B, 1] on out of the rows [B, h] of each sample.
+
+    Every stretch of memory of that width is an entry of one overlapping view, so that a whole row is copied at once:
+    on CPU twice as fast as a gather of pixels.
+    """
+    b, c, h, w = pixels.shape
+    flat = pixels.reshape(-1)
+    stretches = flat.as_strided((flat.numel() - width + 1, width), (1, 1))
+    planes = torch.arange(b * c, device=pixels.device).view(b, c, 1) * h
+    index = (planes + rows[:, None]) * w + left[:, None]
+    return stretches.index_select(0, index.view(-1)).view(b, c, -1, width)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.core.errors import UserError
-from agents.core.networks import ReLU, initialize
+from agents.core.networks import ReLU, delta_orthogonal, initialize
 
 EncoderName = Literal["dmc-gb", "drqv2", "small"]
 
@@ -28,10 +28,12 @@ class EncoderShape:
     """Whether a ReLU follows the last convolution."""
     center: float = 0.0
     """Subtracted after division by 255."""
+    delta_orthogonal: bool = False
+    """Initialize so, instead of plainly orthogonal."""
 
 
 ENCODERS: dict[EncoderName, EncoderShape] = {
-    "dmc-gb": EncoderShape(strides=(2,) + (1,) * 10, last_relu=False),
+    "dmc-gb": EncoderShape(strides=(2,) + (1,) * 10, last_relu=False, delta_orthogonal=True),
     "drqv2": EncoderShape(strides=(2, 1, 1, 1), center=0.5),
     "small": EncoderShape(strides=(2, 2, 1), center=0.5),
 }
@@ -65,6 +67,8 @@ class PixelEncoder(nn.Module):
             layers.append(ReLU())
         self.convs = nn.Sequential(*layers)
         self.apply(initialize)
+        if shape.delta_orthogonal:
+            self.apply(delta_orthogonal)
         self._first = [first]  # in a list, so that it is not registered twice
         try:
             with torch.no_grad():
@@ -82,8 +86,7 @@ class PixelEncoder(nn.Module):
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         # One after the other, and the layout in the smaller type: both at once take twice as long on CPU.
         small = pixels if pixels.dtype == torch.uint8 else pixels.to(dtype)
-        x = small.contiguous(memory_format=layout).to(dtype, copy=True)
-        return x.mul_(1 / 255).sub_(self.center)
+        return small.contiguous(memory_format=layout).to(dtype).mul(1 / 255).sub_(self.center)
 
     def forward(self, normalized: Tensor) -> Tensor:
         """Encode normalized pixels [B, C, H, W] to features, float32 [B, out_features].

@@ -43,21 +43,27 @@ class ReLU(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """Orthogonal linear layers, delta-orthogonal convolutions (gain sqrt 2), zero biases.
-
-    Delta-orthogonal: only the kernel's center tap is set (Xiao et al. 2018, https://arxiv.org/abs/1806.05393), as in
-    DMControl-GB's encoders.
-    """
+    """Orthogonal linear layers and convolutions (gain sqrt 2 for these), zero biases, as in DrQ-v2."""
     if isinstance(module, nn.Linear):
         nn.init.orthogonal_(module.weight)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        center = module.kernel_size[0] // 2
-        nn.init.zeros_(module.weight)
-        with torch.no_grad():
-            nn.init.orthogonal_(module.weight[:, :, center, center], nn.init.calculate_gain("relu"))
+        nn.init.orthogonal_(module.weight, nn.init.calculate_gain("relu"))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def delta_orthogonal(module: nn.Module) -> None:
+    """Set a convolution's center tap to an orthogonal matrix (gain sqrt 2) and its other taps to zero.
+
+    Xiao et al. 2018 (https://arxiv.org/abs/1806.05393), as in DMControl-GB. For deep stacks of stride 1: behind two
+    strides of 2 such a kernel sees one pixel in sixteen, and a thin pole falls through the grid.
+    """
+    if isinstance(module, nn.Conv2d):
+        center = module.kernel_size[0] // 2
+        nn.init.zeros_(module.weight)
+        nn.init.orthogonal_(module.weight[:, :, center, center], nn.init.calculate_gain("relu"))
 
 
 def mlp(sizes: Sequence[int]) -> nn.Sequential:

@@ -112,13 +112,13 @@ class AttributionDecoder(nn.Module):
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
         """Return logits, float32 [B, k, H, W]."""
-        x = self.project(torch.cat([features, action], dim=1)).view(-1, *self.grid)
-        x = x.permute(0, 3, 1, 2)
+        x = torch.cat([features, action], dim=1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.project(x).view(-1, *self.grid).permute(0, 3, 1, 2)
             x = self.relu(self.conv1(self.relu(x)))
             x = self.relu(self.conv2(F.interpolate(x, scale_factor=2.0)))
             logits = doubled_convolution(x, self.conv3)
-        return logits[..., : self.size[0], : self.size[1]].float()
+        return logits[..., : self.size[0], : self.size[1]].float().contiguous()
 
 
 def consistency_loss(full: tuple[Tensor, Tensor], masked: tuple[Tensor, Tensor]) -> Tensor:
@@ -128,13 +128,14 @@ def consistency_loss(full: tuple[Tensor, Tensor], masked: tuple[Tensor, Tensor])
 
 def attribution_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Return the binary cross-entropy of predicted and computed masks (eq. 4)."""
-    return F.binary_cross_entropy_with_logits(logits, mask.float())
+    return F.binary_cross_entropy_with_logits(logits, mask.view(torch.uint8).to(logits.dtype))
 
 
 def blank_outside(pixels: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
     """Keep `pixels` [B, 3*k, H, W] where `mask` [B, k, H, W] holds and put the scalar `fill` elsewhere.
 
-    `torch.lerp` is exact for the weights 0 and 1; `torch.where` takes twice as long in bf16 and NHWC.
+    `torch.lerp` is exact for the weights 0 and 1; `torch.where` takes twice as long in bf16 and NHWC, and bytes turn
+    to numbers eight times faster than bool.
     """
     kept = torch.empty_like(pixels).copy_(mask_channels(mask.view(torch.uint8).to(pixels.dtype)))
     return torch.lerp(fill.to(pixels.dtype), pixels, kept)

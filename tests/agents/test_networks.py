@@ -58,11 +58,22 @@ def test_gradient_norm_equals_the_norm_of_all_gradients_in_one_vector():
 
 
 def test_delta_orthogonal_convolutions_are_orthogonal_at_the_center_and_zero_elsewhere():
-    encoder = PixelEncoder(9, (24, 24), "small")
+    encoder = PixelEncoder(9, (48, 48), "dmc-gb")
     weight = encoder.convs[2].weight.detach()
     center = weight[:, :, 1, 1]
     torch.testing.assert_close(center @ center.T, 2 * torch.eye(32), atol=1e-5, rtol=0)
     assert torch.count_nonzero(weight) == torch.count_nonzero(center)
+
+
+@pytest.mark.parametrize("name", ["small", "drqv2"])
+def test_strided_encoders_see_every_pixel_from_the_start(name):
+    """A kernel of one tap behind strides leaves most pixels unseen: thin poles fall through."""
+    torch.manual_seed(0)
+    encoder = PixelEncoder(9, (48, 48), name)
+    pixels = torch.rand(1, 9, 48, 48, requires_grad=True)
+    encoder(pixels).square().sum().backward()
+    inner = pixels.grad[0, :, 4:40, 4:40]
+    assert torch.count_nonzero(inner) == inner.numel()
 
 
 @pytest.mark.parametrize(("name", "features"), [("dmc-gb", 14112), ("drqv2", 39200)])

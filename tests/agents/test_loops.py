@@ -1,0 +1,349 @@
+"""The loop acts, stores, learns, logs and saves exactly as often as its settings say."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agents.core.agent import Agent, ReplaySettings
+from agents.core.checkpoints import CheckpointStore, load_tree
+from agents.core.errors import UserError
+from agents.core.logging import COLUMNS, Logger, Progress
+from agents.core.loops import DivergedError, Hooks, LoopSettings, OffPolicyLoop
+from agents.core.replay import Batch, Replay
+
+ENVS = 2
+BOX = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+ACTION = gym.spaces.Box(-1, 1, (3,), np.float32)
+
+
+class Counting:
+    """A vector environment whose observations are (episode, step in it); the reward is 1.
+
+    Args:
+        length: steps of an episode.
+        terminates: episodes truly end, instead of at a time limit.
+        drops: (number of the step, environment) at which a worker is said to be replaced.
+    """
+
+    num_envs = ENVS
+    single_action_space = ACTION
+    action_space = gym.vector.utils.batch_space(ACTION, ENVS)
+
+    def __init__(
+        self,
+        length: int = 5,
+        terminates: bool = False,
+        drops: frozenset[tuple[int, int]] = frozenset(),
+    ) -> None:
+        self.length, self.terminates, self.drops = length, terminates, drops
+        self.state = np.zeros((ENVS, 2), np.float32)
+        self.actions: list[np.ndarray] = []
+        self.order: list[str] = []
+
+    def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        return self.state.copy(), {}
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.order.append("sent")
+        self.actions.append(np.array(actions))
+
+    def step_wait(self) -> Any:
+        self.order.append("received")
+        dropped = np.array([(len(self.actions), env) in self.drops for env in range(ENVS)])
+        self.state[:, 1] += 1
+        ended = (self.state[:, 1] == self.length) & ~dropped
+        final = np.array([*self.state.copy(), None], dtype=object)[:ENVS]
+        info: dict[str, Any] = {"dropped": dropped}
+        if ended.any():
+            info |= {
+                "final_obs": final,
+                "episode": {"r": self.state[:, 1].copy(), "l": self.state[:, 1].copy()},
+                "_episode": ended,
+            }
+        self.state[ended | dropped, 0] += 1
+        self.state[ended | dropped, 1] = 0
+        never = np.zeros(ENVS, bool)
+        ends = (ended, never) if self.terminates else (never, ended)
+        return self.state.copy(), np.ones(ENVS), *ends, info
+
+    def get_state(self) -> dict[str, Any]:
+        return {"state": self.state.copy()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.state = state["state"].copy()
+
+
+class FakeAgent(Agent):
+    """Remembers what it is asked; `metric` makes the loss of each update."""
+
+    def __init__(self, envs: Counting, metric: Callable[[int], float] = float) -> None:
+        self.envs, self.metric = envs, metric
+        self.net = nn.Linear(2, 1)
+        self.generator = torch.Generator()
+        self.replay_settings = ReplaySettings(batch_size=32, n_step=1, discount=0.9)
+        self.acted: list[dict[str, Any]] = []
+        self.batches: list[Batch] = []
+        self.progress = -1
+
+    def act(self, observation: Any, state: Any = None, *, explore: bool) -> Any:
+        self.acted.append({"explore": explore, "at": self.progress})
+        return np.zeros((ENVS, 3), np.float32), None, {}
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        self.envs.order.append("update")
+        self.batches.append(batch)
+        return {"loss/critic": torch.tensor(self.metric(len(self.batches)))}
+
+    def set_progress(self, agent_steps: int) -> None:
+        self.progress = agent_steps
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"critic": self.net}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {}
+
+
+def make_loop(
+    folder: Path,
+    envs: Counting | None = None,
+    metric: Callable[[int], float] = float,
+    hooks: Hooks | None = None,
+    **settings: Any,
+) -> OffPolicyLoop:
+    """Build a loop of fakes; `.agent` and `.envs` tell afterwards what happened."""
+    envs = envs or Counting()
+    values = {"steps": 40, "random_steps": 10, "log_every": 10, "eval_every": 0} | settings
+    replay = Replay(
+        BOX, ACTION, capacity=200, num_envs=ENVS, frame_stack=1, storage="ram", log=lambda _: None
+    )
+    folder.mkdir(exist_ok=True)
+    return OffPolicyLoop(
+        FakeAgent(envs, metric),
+        envs,  # type: ignore[arg-type]
+        replay,
+        LoopSettings(**values),
+        logger=Logger(folder),
+        checkpoints=CheckpointStore(folder),
+        action_repeat=4,
+        seed=7,
+        hooks=hooks or Hooks(line=lambda _: None),
+    )
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.35, 0.5, 1.0, 2.0])
+def test_updates_are_counted_per_agent_step_of_all_environments(
+    rate: float, tmp_path: Path
+) -> None:
+    loop = make_loop(tmp_path, updates_per_step=rate)
+    progress = loop.run().progress
+    assert (progress.agent_steps, progress.env_frames) == (40, 160)
+    assert len(loop.envs.actions) == 40 // ENVS
+    assert progress.gradient_updates == len(loop.agent.batches) == int(rate * (40 - 10))
+
+
+def test_a_part_of_an_update_is_not_lost_over_checkpoints(tmp_path: Path) -> None:
+    first = make_loop(tmp_path, updates_per_step=0.35, steps=24)
+    first.run()
+    parts = first.checkpoints.load(replay=first.replay)
+    second = make_loop(tmp_path, updates_per_step=0.35, steps=40)
+    second.checkpoints.load(replay=second.replay)
+    second.resume(parts)
+    assert second.run().progress.gradient_updates == int(0.35 * 30)
+
+
+def test_updates_run_while_the_environments_step(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path)
+    loop.run()
+    order = loop.envs.order
+    assert order[-4:] == ["sent", "update", "update", "received"]
+    assert order[:2] == ["sent", "received"]
+
+
+def test_random_actions_come_first_and_are_uniform_and_seeded(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "a", steps=300, random_steps=200)
+    loop.run()
+    random = np.stack(loop.envs.actions[:100])
+    assert random.dtype == np.float32
+    assert np.all(np.abs(random) <= 1)
+    assert abs(random.mean()) < 0.1
+    assert abs(random.std() - 1 / np.sqrt(3)) < 0.05
+    assert len(np.unique(random)) == random.size, "every environment and joint draws its own"
+    assert not np.any(loop.envs.actions[100:]), "then the agent's own"
+    assert [call["at"] for call in loop.agent.acted] == list(range(200, 300, 2))
+    assert all(call["explore"] for call in loop.agent.acted)
+    again = make_loop(tmp_path / "b", steps=20, random_steps=20)
+    again.run()
+    np.testing.assert_array_equal(again.envs.actions, random[:10])
+
+
+@pytest.mark.parametrize("terminates", [True, False])
+def test_time_limits_bootstrap_and_true_ends_do_not(terminates: bool, tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, Counting(length=3, terminates=terminates), steps=60)
+    loop.run()
+    last = 0
+    for batch in loop.agent.batches:
+        step = batch.observation["state"][:, 1]
+        following = batch.next_observation["state"]
+        torch.testing.assert_close(following[:, 1], step + 1, msg="the true last observation")
+        torch.testing.assert_close(following[:, 0], batch.observation["state"][:, 0])
+        is_last = step == 2
+        last += int(is_last.sum())
+        expected = torch.where(is_last & terminates, 0.0, 0.9)
+        torch.testing.assert_close(batch.discount, expected)
+    assert last > 50
+
+
+def test_transitions_of_a_replaced_worker_are_thrown_away(tmp_path: Path) -> None:
+    drops = frozenset({(4, 1), (9, 0), (9, 1)})
+    loop = make_loop(tmp_path, Counting(length=7, drops=drops), steps=80)
+    state = loop.run()
+    assert state.progress.agent_steps == 80
+    assert len(loop.replay) == 80 - len(drops)
+    batch = loop.replay.sample(2000)
+    seen, following = batch.observation["state"], batch.next_observation["state"]
+    torch.testing.assert_close(following[:, 0], seen[:, 0], msg="no step into another episode")
+    torch.testing.assert_close(following[:, 1], seen[:, 1] + 1)
+    assert set(batch.discount.tolist()) == {np.float32(0.99)}
+
+
+def test_returns_and_losses_are_logged_once_at_every_interval(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, log_every=8, steps=44, checkpoint_every=30)
+    loop.run()
+    lines = rows(tmp_path)
+    steps = [int(row["agent_steps"]) for row in lines if row["tag"] == "time/fps"]
+    assert steps == [8, 16, 24, 32, 40, 44], "and once more at the end"
+    returns = [float(row["value"]) for row in lines if row["tag"] == "train/episode_return"]
+    assert set(returns) == {5.0}
+    losses = {int(r["agent_steps"]): float(r["value"]) for r in lines if r["tag"] == "loss/critic"}
+    assert losses[16] == np.mean(range(1, 7)), "the mean over all updates since the last line"
+    assert all(int(row["env_frames"]) == 4 * int(row["agent_steps"]) for row in lines)
+    assert loop.checkpoints.latest().name == "step-000000044"  # type: ignore[union-attr]
+
+
+def test_a_last_step_that_is_logged_already_is_not_logged_again(tmp_path: Path) -> None:
+    make_loop(tmp_path, log_every=20, steps=40, checkpoint_every=30).run()
+    assert [row["agent_steps"] for row in rows(tmp_path) if row["tag"] == "time/fps"] == [
+        "20",
+        "40",
+    ]
+
+
+def test_a_finished_loop_that_is_resumed_writes_nothing(tmp_path: Path) -> None:
+    first = make_loop(tmp_path)
+    first.run()
+    second = make_loop(tmp_path)
+    second.resume(first.checkpoints.load(replay=second.replay))
+    before = rows(tmp_path), next((tmp_path / "checkpoints").iterdir()).stat().st_ino
+    second.run()
+    assert before == (rows(tmp_path), next((tmp_path / "checkpoints").iterdir()).stat().st_ino)
+    assert second.envs.actions == []
+
+
+@pytest.mark.parametrize(("log_every", "noticed"), [(4, 28), (1000, 32)])
+def test_a_loss_that_is_not_finite_is_named_and_the_last_checkpoint_kept(
+    log_every: int, noticed: int, tmp_path: Path
+) -> None:
+    loop = make_loop(
+        tmp_path,
+        metric=lambda update: float("nan") if update >= 15 else 1.0,
+        checkpoint_every=8,
+        log_every=log_every,
+    )
+    with pytest.raises(DivergedError, match=f"loss/critic is nan at agent step {noticed}"):
+        loop.run()
+    newest = loop.checkpoints.latest()
+    assert newest is not None
+    assert newest.name == "step-000000024", "update 15 belongs to step 26"
+    assert load_tree(newest, "progress")["gradient_updates"] == 14
+    assert loop.checkpoints.load(replay=loop.replay)
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, checkpoint_every=8)
+    real = loop.agent.update
+
+    def poison(batch: Batch) -> dict[str, Tensor]:
+        if len(loop.agent.batches) == 20:
+            nn.init.constant_(loop.agent.net.bias, float("inf"))  # type: ignore[attr-defined]
+        return real(batch)
+
+    loop.agent.update = poison  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match=r"critic\.bias is not finite"):
+        loop.run()
+    newest = loop.checkpoints.latest()
+    assert newest is not None
+    assert torch.isfinite(load_tree(newest, "agent")["networks"]["critic"]["bias"]).all()
+
+
+def test_the_best_evaluation_keeps_its_weights(tmp_path: Path) -> None:
+    scores = iter([1.0, 3.0, 2.0, 3.0])
+    hooks = Hooks(evaluate=lambda _: {"eval/clean/return_mean": next(scores)}, line=lambda _: None)
+    make_loop(tmp_path, hooks=hooks, eval_every=10).run()
+    best = tmp_path / "checkpoints" / "best"
+    assert load_tree(best, "progress")["agent_steps"] == 20
+    assert load_tree(best, "agent").keys() == {"networks"}
+    logged = [float(r["value"]) for r in rows(tmp_path) if r["tag"] == "eval/clean/return_mean"]
+    assert logged == [1.0, 3.0, 2.0, 3.0]
+
+
+def test_a_loop_that_is_asked_to_stop_saves_where_it_is(tmp_path: Path) -> None:
+    asked = iter([False] * 6 + [True] * 9)
+    hooks = Hooks(stop=lambda: next(asked), line=lambda _: None)
+    loop = make_loop(tmp_path, hooks=hooks)
+    assert loop.run().progress.agent_steps == 12
+    assert loop.checkpoints.latest().name == "step-000000012"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0), ("log_every", 0), ("checkpoint_every", 0), ("keep_checkpoints", 0),
+        ("eval_episodes", 0), ("random_steps", -1), ("eval_every", -1),
+        ("updates_per_step", -0.5), ("updates_per_step", float("nan")),
+        ("updates_per_step", float("inf")),
+    ],
+)  # fmt: skip
+def test_settings_that_no_loop_can_run_with_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{name} is {value}"):
+        LoopSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    logger = Logger(tmp_path)
+    for step in (10, 20, 30):
+        logger.scalars({"a": step / 8, "b": 1e-9}, Progress(step, 4 * step, step, 0.5))
+    logger.close()
+    with (tmp_path / "metrics.csv").open("a") as handle:
+        handle.write("40,160,40,0.50,a")  # cut short by a kill
+    logger = Logger(tmp_path, resume_from=20)
+    logger.scalars({"a": 7.0}, Progress(30, 120, 30, 1.25))
+    logger.close()
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0] == ",".join(COLUMNS)
+    assert lines[1:3] == ["10,40,10,0.50,a,1.25", "10,40,10,0.50,b,1e-09"]
+    assert [line.split(",")[0] for line in lines[1:]] == ["10", "10", "20", "20", "30"]
+    assert lines[-1] == "30,120,30,1.25,a,7"
+    assert not (tmp_path / "metrics.tmp").exists()
+
+
+def test_a_log_that_is_not_resumed_from_a_step_goes_on_at_its_end(tmp_path: Path) -> None:
+    for step in (1, 2):
+        logger = Logger(tmp_path)
+        logger.scalars({"a": 1.0}, Progress(step))
+        logger.close()
+    assert [row["agent_steps"] for row in rows(tmp_path)] == ["1", "2"]
