@@ -41,6 +41,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": (256, 256),
         "feature_dim": 50,
         "batch_size": 128,
+        # Three-step returns and an actor and targets that follow every update: on cartpole-swingup twice the
+        # return of one step and every second update after 3000 agent steps (DrQ, one seed).
+        "n_step": 3,
+        "actor_every": 1,
+        "target_every": 1,
         "decoder_channels": (32, 16),
         "replay_capacity": 100_000,
         "steps": 13_000,

@@ -1,0 +1,98 @@
+"""Tables of every hot path, against the simulators as shipped, the naive way, and Stable-Baselines3.
+
+    python -m experiments.speed
+    python -m experiments.speed rendering replay --seconds 10 --out speed.md
+
+Markdown, in one run of about three minutes on two idle cores. What a row compares takes turns in one process, and the
+medians count, so that ratios hold on a busy machine too; a time alone says as much about the machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from agents.core.errors import UserError
+from envs.rendering import resolve_quality
+from experiments.arguments import Parser, run_command
+from experiments.runs import command_line, describe_system
+from experiments.settings import check_device
+from experiments.speed_timing import Table
+
+PARTS = ("rendering", "environments", "replay", "updates", "sb3")
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    p = Parser(prog="python -m experiments.speed", description=__doc__)
+    p.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="what to measure [all of it]")
+    p.add_argument("--seconds", type=float, default=4.0, help="time for each comparison, about [4]")
+    p.add_argument("--device", default="cpu", help="of the updates: cpu, cuda or auto [cpu]")
+    p.add_argument("--out", type=Path, metavar="FILE.md", help="write the tables there too")
+    return p
+
+
+@run_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    arguments = parser().parse_args(argv)
+    for part in arguments.parts:
+        if part not in PARTS:
+            raise UserError.unknown("part", part, PARTS)
+    if not 0 < arguments.seconds < float("inf"):
+        raise UserError(f"--seconds is {arguments.seconds}; give a positive number")
+    device = check_device(arguments.device)
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise UserError(f"--out {arguments.out}: folder '{arguments.out.parent}' does not exist")
+    sections = [_header()]
+    print(sections[0])
+    for name, measure in _measures(arguments.parts or PARTS, device):
+        start = time.perf_counter()
+        tables = measure(arguments.seconds)
+        print(
+            f"measured {name} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True
+        )
+        for table in tables:
+            sections.append(table.markdown())
+            print(sections[-1], flush=True)
+    if arguments.out is not None:
+        arguments.out.write_text("\n".join(sections))
+    return 0
+
+
+def _measures(
+    parts: Sequence[str], device: str
+) -> list[tuple[str, Callable[[float], list[Table]]]]:
+    """Return what measures each part, in order."""
+    if {"rendering", "environments", "sb3"} & set(parts):
+        resolve_quality("fast")  # before any of them imports a simulator
+    from experiments import speed_agents, speed_environments
+
+    measures: dict[str, list[tuple[str, Callable[[float], list[Table]]]]] = {
+        "rendering": [
+            ("rendering", speed_environments.rendering),
+            ("distractions", speed_environments.distractions),
+        ],
+        "environments": [("environments", speed_environments.environments)],
+        "replay": [("replay", speed_agents.replay)],
+        "updates": [("updates", partial(speed_agents.updates, device=device))],
+        "sb3": [("Stable-Baselines3", speed_agents.peer)],
+    }
+    return [measure for part in PARTS if part in parts for measure in measures[part]]
+
+
+def _header() -> str:
+    system = describe_system()
+    hardware = ", ".join(f"{key} {value}" for key, value in system["hardware"].items() if value)
+    return (
+        f"# Speed\n\n`{command_line()}` at commit {system['commit']}: {hardware}, "
+        f"{system['threads']} threads, torch {system['versions']['torch']}, "
+        f"mujoco {system['versions']['mujoco']}\n"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

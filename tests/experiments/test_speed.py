@@ -1,0 +1,224 @@
+"""The tables of `make speed`: whole, consistent, and measured in turns. No time is asserted."""
+
+from __future__ import annotations
+
+import functools
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import settings, speed, speed_agents, speed_environments, speed_timing
+from experiments.speed_timing import ROUNDS, Table, interleave, rates
+
+TINY = 0.02
+"""Seconds for each comparison."""
+
+
+def check_whole(table: Table, names: list[str]) -> None:
+    """Every row has a name and a cell per column, all numbers are finite, and markdown shows all of it."""
+    assert [row[0] for row in table.rows] == names
+    for row in table.rows:
+        assert len(row) == len(table.columns)
+        assert all(np.isfinite(cell) for cell in row if not isinstance(cell, str))
+    lines = [line for line in table.markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(names)
+    assert {line.count("|") for line in lines} == {len(table.columns) + 1}
+
+
+def check_ratio(table: Table, ratio: str, over: str, under: str) -> None:
+    expected = np.array(table.column(over), float) / np.array(table.column(under), float)
+    np.testing.assert_allclose(np.array(table.column(ratio), float), expected, rtol=1e-9)
+
+
+def test_what_is_compared_takes_turns_after_a_warm_up() -> None:
+    seen: list[str] = []
+    interleave({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, seconds=1e-9)
+    assert seen == ["a", "a", "b", "b"] + ["a", "b"] * ROUNDS
+
+
+def test_the_median_turn_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    durations = iter([1.0, 1.0, 3.0, 1.0, 900.0, 2.0, 4.0])
+
+    def call() -> None:
+        clock[0] += next(durations)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert interleave({"a": call}, seconds=1.0) == {"a": 3.0}
+
+
+def test_calls_repeat_until_their_share_of_the_time_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    seen: list[str] = []
+
+    def call(name: str, duration: float) -> None:
+        clock[0] += duration
+        seen.append(name)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    calls = {name: functools.partial(call, name, d) for name, d in (("a", 0.1), ("b", 0.5))}
+    measured = rates(calls, seconds=10.0, per_call=3)
+    assert measured == pytest.approx({"a": 30.0, "b": 6.0})
+    assert (seen.count("a"), seen.count("b")) == (2 + 10 * ROUNDS, 2 + 2 * ROUNDS)
+
+
+def test_a_device_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def finish() -> None:
+        clock[0] += 2.0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert interleave({"a": lambda: None}, seconds=1.0, finish=finish) == {"a": 2.0}
+
+
+def test_rendering_compares_shipped_reference_and_fast() -> None:
+    tasks = ("dmc/cartpole-swingup", "gym/HalfCheetah-v5")
+    (table,) = speed_environments.rendering(TINY, tasks)
+    means = ["geometric mean of dmc", "geometric mean of gym"]
+    check_whole(table, [*tasks, *means])
+    check_ratio(table, "reference / shipped", "reference", "as shipped")
+    check_ratio(table, "fast / shipped", "fast", "as shipped")
+    assert table.rows[2][1:] == pytest.approx(table.rows[0][1:])  # the mean of one
+
+
+@pytest.mark.slow
+def test_rendering_knows_every_listed_task() -> None:
+    (table,) = speed_environments.rendering(TINY)
+    check_whole(
+        table,
+        [
+            *speed_environments.RENDERED,
+            *(f"geometric mean of {family}" for family in ("dmc", "metaworld", "gym")),
+        ],
+    )
+    fast = np.array(table.column("fast / shipped"), float)
+    assert fast[7] == pytest.approx(np.exp(np.log(fast[:5]).mean()))
+
+
+@pytest.mark.parametrize("family", ["dmc", "metaworld", "gym"])
+def test_what_is_timed_as_shipped_is_the_same_picture(family: str) -> None:
+    from envs.mujoco_view import MujocoView
+
+    task = next(t for t in speed_environments.RENDERED if t.startswith(family))
+    scene = speed_environments._SCENES[family](task)
+    size = {"height": speed_environments.SIZE, "width": speed_environments.SIZE}
+    view = MujocoView(lambda: (scene.model, scene.data), camera=scene.camera, **size)
+    ours, shipped = view.render(), scene.shipped()
+    view.close()
+    scene.close()
+    assert ours.std() > 0
+    np.testing.assert_array_equal(ours, shipped)
+
+
+def test_distractions_are_compared_with_the_clean_picture() -> None:
+    (table,) = speed_environments.distractions(TINY, "toy/reach")
+    check_whole(table, ["clean", "color_hard", "video_easy", "video_hard"])
+    times = np.array(table.column("ms per picture"), float)
+    np.testing.assert_allclose(np.array(table.column("more than clean"), float), times - times[0])
+
+
+def test_environments_are_stepped_with_and_without_workers() -> None:
+    (table,) = speed_environments.environments(TINY, ("toy/reach",))
+    check_whole(table, ["toy/reach"])
+    check_ratio(table, "2 workers / in process", "2 workers", "in process")
+
+
+def test_replay_is_compared_in_memory_and_speed() -> None:
+    (table,) = speed_agents.replay(TINY, steps=300, size=32)
+    check_whole(table, ["ours", "list of stacks", "Stable-Baselines3", "copying the bytes"])
+    rate = np.array(table.column("samples/s"), float)
+    np.testing.assert_allclose(np.array(table.column("ours / it"), float), rate[0] / rate)
+    ours, stacks, theirs = np.array(table.column("bytes / frame's own")[:3], float)
+    assert 1 <= ours < 1.05
+    assert (stacks, theirs) == (3, 6)
+
+
+def test_all_three_replays_hold_the_same_steps() -> None:
+    import gymnasium as gym
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    from agents.core.replay import Replay
+
+    pixels = gym.spaces.Box(0, 255, (9, 8, 8), np.uint8)
+    action = gym.spaces.Box(-1, 1, (2,), np.float32)
+    ours = Replay(pixels, action, capacity=300, num_envs=1, log=lambda line: None)
+    theirs = ReplayBuffer(260, pixels, action, "cpu")
+    stacks = speed_agents._fill(ours, theirs, pixels, action, 260)
+    assert len(ours) == len(stacks) == theirs.size() == 260
+    batch = ours.sample(200)
+    by_action = {actions.tobytes(): (seen, after) for seen, actions, _, after, _ in stacks}
+    for i in range(200):
+        seen, after = by_action[batch.action[i].numpy().tobytes()]
+        assert np.array_equal(batch.observation["pixels"][i], seen)
+        assert np.array_equal(batch.next_observation["pixels"][i], after)
+    assert np.array_equal(theirs.observations[:, 0], np.stack([row[0] for row in stacks]))
+
+
+def test_updates_are_compared_between_agents_and_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_agents, "find_preset", lambda *_: settings.PRESETS["debug"])
+    monkeypatch.setattr(speed_agents, "resolve_precision", lambda *_: "bf16")
+    table, ratios = speed_agents.updates(TINY, agents=("drqv2", "drqv2-sgqn"))
+    check_whole(table, ["drqv2", "drqv2-sgqn"])
+    check_ratio(table, "bf16 NHWC / fp32", "bf16 NHWC", "fp32")
+    check_ratio(table, "of the floor", "bf16 NHWC", "floor of bf16 NHWC")
+    check_whole(ratios, ["drqv2-sgqn"])
+    for name in speed_agents.SETTINGS:
+        plain, guided = np.array(table.column(name), float)
+        assert ratios.column(name) == pytest.approx([plain / guided])
+
+
+def test_operations_are_counted_forward_and_backward() -> None:
+    x, w = torch.ones(3, 5), torch.ones(5, 7, requires_grad=True)
+    agent = SimpleNamespace(update=lambda batch: torch.autograd.grad((batch @ w).sum(), w))
+    assert speed_agents._flops(agent, x) == 2 * (2 * 3 * 5 * 7)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_peer_is_stepped_on_our_task() -> None:
+    (table,) = speed_agents.peer(TINY)
+    check_whole(table, ["gradient steps/s", "training steps/s"])
+    check_ratio(table, "Sightline / Stable-Baselines3", "Sightline sac", "Stable-Baselines3")
+
+
+def test_the_command_prints_and_writes_the_same_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    tiny = functools.partial(speed_agents.replay, steps=300, size=16)
+    monkeypatch.setattr(speed_agents, "replay", tiny)
+    out = tmp_path / "speed.md"
+    assert speed.main(["replay", "--seconds", "0.01", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("measured replay in ")
+    assert printed.out.strip() == out.read_text().strip()
+    assert "# Speed" in printed.out
+    assert "| ours |" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["replays"], "did you mean replay"),
+        (["--seconds", "0"], "positive"),
+        (["--seconds", "nan"], "positive"),
+        (["--out", "nowhere/speed.md"], "folder 'nowhere' does not exist"),
+        (["--device", "tpu"], "not available"),
+    ],
+)
+def test_mistakes_are_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert speed.main(argv) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_numbers_are_short() -> None:
+    table = Table("t", ["name", "x"], rows=[["a", 12345.6], ["b", 12.34], ["c", 1.234]])
+    assert [speed_timing._text(row[1]) for row in table.rows] == ["12,346", "12.3", "1.23"]
