@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import imageio.v3 as iio
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 import envs
 from experiments.arguments import Parser, run_command
 from wrappers.distraction.presets import DISTRACTIONS
+
+Quality = Literal["reference", "fast"]
 
 TASKS = ("dmc/walker-walk", "dmc/cartpole-swingup", "dmc/quadruped-walk", "metaworld/drawer-open")
 SCENES = (*TASKS, "dmc/cheetah-run", "dmc/humanoid-walk")
@@ -31,14 +34,7 @@ def look(
     task: str, size: int, distraction: str | None, quality: str, steps: int = 20
 ) -> np.ndarray:
     """Return a frame after some random steps, uint8 [size, size, 3]."""
-    env = envs.make(
-        task,
-        seed=3,
-        size=size,
-        distraction=distraction,
-        quality=quality,
-        split="test",  # type: ignore[arg-type]
-    )
+    env = envs.make(task, seed=5, size=size, distraction=distraction, quality=quality, split="test")
     env.reset()
     env.action_space.seed(3)
     for _ in range(steps):
@@ -61,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     names = (None, *DISTRACTIONS)
     distractions = sheet([[look(task, size, name, "fast") for name in names] for task in TASKS])
-    qualities = sheet(
-        [[look(task, size, None, quality) for task in SCENES] for quality in ("reference", "fast")]
-    )
+    reference = [look(task, size, None, "reference") for task in SCENES]
+    qualities = sheet([reference, [look(task, size, None, "fast") for task in SCENES]])
     for name, picture in (("distractions", distractions), ("qualities", qualities)):
         iio.imwrite(arguments.out / f"{name}.png", picture)
         print(f"wrote {arguments.out / name}.png")

@@ -21,9 +21,11 @@ class Layers:
     """One render taken apart, for compositing something else behind the foreground.
 
     Attributes:
-        rgb: uint8 [H, W, 3], the picture with the hidden parts removed.
+        rgb: uint8 [H, W, 3], the picture without the hidden parts: where they fill a pixel only in part, the
+            color of what stands before them.
         coverage: float32 [H, W] in [0, 1], how much of each pixel the hidden parts would fill: 1 is pure
-            background, 0 pure foreground; only multisampled silhouettes lie between.
+            background, 0 pure foreground; only multisampled silhouettes lie between. What is put behind shows as
+            rgb * (1 - coverage) + behind * coverage.
     """
 
     rgb: np.ndarray
