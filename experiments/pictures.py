@@ -31,7 +31,7 @@ def parser() -> Parser:
 
 
 def look(
-    task: str, size: int, distraction: str | None, quality: str, steps: int = 20
+    task: str, size: int, distraction: str | None, quality: Quality, steps: int = 5
 ) -> np.ndarray:
     """Return a frame after some random steps, uint8 [size, size, 3]."""
     env = envs.make(task, seed=5, size=size, distraction=distraction, quality=quality, split="test")

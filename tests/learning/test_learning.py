@@ -3,6 +3,8 @@
 A random policy scores 12.7, one that stays in the middle 14.1, the best script 23.9.
 """
 
+from functools import cache
+
 import pytest
 
 from agents import AGENTS
@@ -12,6 +14,16 @@ from tests.learning.training import score, train
 STEPS = 1200
 LEARNED = 17.0
 NOT_LEARNED = 15.5
+ROBUST = 17.8
+"""Under video_hard: DrQ falls to 14.9 (seed 0) where SVEA keeps 19.4 and SGQN 20.5."""
+
+METHODS = {
+    "svea": {"svea_alpha": 1.0, "svea_beta": 0.0},
+    "sgqn": {"consistency_weight": 0.0, "auxiliary_every": 10**9},
+}
+"""Each method with the settings that remove its own terms."""
+
+trained = cache(train)
 
 
 @pytest.mark.parametrize("name", ["sac", "ddpg"])
@@ -22,7 +34,7 @@ def test_agents_learn_from_a_state(name):
 
 @pytest.mark.parametrize("name", sorted(AGENTS))
 def test_agents_learn_from_pixels(name):
-    assert score(train(name, steps=STEPS)) > LEARNED
+    assert score(trained(name, steps=STEPS)) > LEARNED
 
 
 @pytest.mark.parametrize("name", ["sac", "ddpg"])
@@ -31,18 +43,29 @@ def test_shuffled_rewards_teach_nothing_to_the_bases(name):
     assert score(agent, observation="state") < NOT_LEARNED
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(AGENTS))
-def test_shuffled_rewards_teach_nothing_from_pixels(name):
-    assert score(train(name, steps=STEPS, shuffle_rewards=True)) < NOT_LEARNED
-
-
 @pytest.mark.parametrize(("name", "module"), [("sac", sac), ("ddpg", ddpg)])
 def test_an_actor_with_the_wrong_sign_does_not_learn(name, module, monkeypatch):
     right = module.actor_loss
     monkeypatch.setattr(module, "actor_loss", lambda *arguments: -right(*arguments))
     agent = train(name, steps=STEPS, observation="state")
     assert score(agent, observation="state") < NOT_LEARNED
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_keep_acting_before_videos_that_they_never_saw(name):
+    assert score(trained(name, steps=STEPS), distraction="video_hard") > ROBUST
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_without_their_own_terms_they_do_not(name):
+    agent = train(name, steps=STEPS, **METHODS[name])
+    assert score(agent, distraction="video_hard") < ROBUST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(AGENTS))
+def test_shuffled_rewards_teach_nothing_from_pixels(name):
+    assert score(train(name, steps=STEPS, shuffle_rewards=True)) < NOT_LEARNED
 
 
 @pytest.mark.slow
