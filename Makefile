@@ -1,4 +1,5 @@
 # Everything runs in .venv; `make demo` and `make test` set it up on a fresh machine.
+# TORCH_INDEX: where to take torch from, such as https://download.pytorch.org/whl/cpu.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ STAMP := $(VENV)/.sightline-installed
 .PHONY: help setup gl demo test test-all lint format speed clean
 
 help:
-	@echo "make demo      train SGQN on cartpole-swingup from pixels, evaluate under distractions, open the report"
+	@echo "make demo      train SGQN on cartpole-swingup from pixels, evaluate under distractions, write the report"
 	@echo "make test      the tests (minutes)"
 	@echo "make test-all  slow learning and resume tests too"
 	@echo "make lint      ruff, mypy, import-linter"
@@ -19,7 +20,7 @@ setup: $(STAMP) gl
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sightline needs Python 3.11 or newer; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -56,6 +56,8 @@ class Policy:
             UserError: no run or checkpoint there, or it does not fit its config.
         """
         config = read_config(run)
+        store = CheckpointStore(Path(run))
+        parts = store.load(None if checkpoint == "latest" else checkpoint)
         spec = find(config["agent"])
         configs = [from_dict(type(c), config["configs"][type(c).__name__]) for c in spec.configs]
         agent = make_agent(
@@ -65,8 +67,6 @@ class Policy:
             configs=configs,
             device=device,
         )
-        store = CheckpointStore(Path(run))
-        parts = store.load(None if checkpoint == "latest" else checkpoint)
         agent.load_state_dict({"networks": parts["agent"]["networks"]})
         counts = ("agent_steps", "env_frames", "gradient_updates")
         progress = {name: parts["progress"][name] for name in counts}

@@ -13,7 +13,6 @@ from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from agents.core.errors import UserError
 from agents.core.settings import field_docs
-from experiments.packages import check_packages
 
 T = TypeVar("T")
 
@@ -103,7 +102,6 @@ def run_command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
     def wrapped(argv: Sequence[str] | None = None) -> int:
         python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
         try:
-            check_packages()
             return main(argv) or 0
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -34,6 +34,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
+RESULT = "benchmark"
+"""Name of the evaluation that counts."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of the grid."""
@@ -69,6 +73,8 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
+    if arguments.episodes < 1 or arguments.jobs < 1:
+        raise UserError("--episodes and --jobs must be at least 1")
     for name in arguments.agents:
         find(name)
     for env in arguments.envs:
@@ -83,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.collect:
         flags = ["--preset", arguments.preset, *arguments.train_flags]
         threads = ["--threads", str(arguments.threads)] if arguments.threads else []
-        with ThreadPoolExecutor(max(arguments.jobs, 1)) as pool:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
             codes = pool.map(lambda job: run_job(job, flags, threads, arguments.episodes), jobs)
             failed = [job.folder for job, code in zip(jobs, codes, strict=True) if code]
+    for folder in failed:
+        print(f"failed: {folder}, see {folder}.log", file=sys.stderr)
     collect(jobs, arguments.out)
     print(f"wrote {arguments.out / 'results.md'}")
-    if failed:
-        print(f"failed, see train.log there: {', '.join(map(str, failed))}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -111,7 +117,8 @@ def run_job(job: Job, flags: Sequence[str], threads: Sequence[str], episodes: in
         return code
     print(f"{job.agent} on {job.env}, seed {job.seed}: trained", flush=True)
     evaluate = [
-        *python, "experiments.evaluate", str(job.folder), "--episodes", str(episodes), "--overwrite",
+        *python, "experiments.evaluate", str(job.folder), "--episodes", str(episodes),
+        "--name", RESULT, "--overwrite",
     ]  # fmt: skip
     return _logged(evaluate, log)
 
@@ -131,7 +138,7 @@ def collect(jobs: Iterable[Job], out: Path) -> None:
     """
     rows = [row for job in jobs for row in _rows(job)]
     if not rows:
-        raise UserError("no run of this grid has an evaluation yet; leave out --collect")
+        raise UserError("no run of this grid was evaluated; see the runs' logs")
     out.mkdir(parents=True, exist_ok=True)
     with (out / "results.csv").open("w", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS)
@@ -141,10 +148,10 @@ def collect(jobs: Iterable[Job], out: Path) -> None:
 
 
 def _rows(job: Job) -> list[dict[str, object]]:
-    files = sorted((job.folder / "evaluations").glob("*.json"))
-    if not files:
+    file = job.folder / "evaluations" / f"{RESULT}.json"
+    if not file.is_file():
         return []
-    result = json.loads(files[-1].read_text())
+    result = json.loads(file.read_text())
     system = json.loads((job.folder / "system.json").read_text())
     with (job.folder / "metrics.csv").open() as handle:
         wall = [float(row["wall_seconds"]) for row in csv.DictReader(handle)]
@@ -162,7 +169,7 @@ def _rows(job: Job) -> list[dict[str, object]]:
             "agent_steps": result["agent_steps"],
             "env_frames": result["env_frames"],
             "gradient_updates": result["gradient_updates"],
-            "wall_minutes": round(max(wall) / 60, 1),
+            "wall_minutes": round(max(wall, default=0.0) / 60, 1),
             "commit": system["commit"],
             "run": job.folder.name,
         })  # fmt: skip

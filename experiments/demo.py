@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agents.core.checkpoints import CheckpointStore
+from agents.core.errors import UserError
 from agents.core.loops import LoopSettings
 from agents.core.settings import from_dict
 from agents.policy import read_config
@@ -37,6 +38,8 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
+    if arguments.episodes < 1:
+        raise UserError(f"--episodes is {arguments.episodes}; give at least 1")
     run = arguments.run_dir
     flags = ["--agent", arguments.agent, "--env", arguments.env, "--preset", arguments.preset]
     if not (run / "config.json").exists():

@@ -123,6 +123,7 @@ def evaluate_run(
     children = spawn_seeds(seed)[1]
     keywords = {**task, "split": split, "videos": videos or task["videos"], "seed": seed}
     num_envs = min(num_envs, episodes)
+    media = media and task["observation"] != "state"  # a state needs no GL
     result: dict[str, Any] = {
         **counts,
         "checkpoint": policy.checkpoint,

@@ -9,8 +9,6 @@ import importlib.metadata
 import importlib.util
 from pathlib import Path
 
-from agents.core.errors import UserError
-
 PACKAGES = ("agents", "envs", "wrappers", "experiments")
 
 
@@ -24,8 +22,14 @@ def package_folders() -> dict[str, Path | None]:
     return folders
 
 
+class PackagesError(ImportError):
+    """Another distribution's package stands in the way; the commands print the one line and exit with code 2."""
+
+    exit_code = 2
+
+
 def check_packages(folders: dict[str, Path | None] | None = None) -> None:
-    """Raise a UserError unless all four packages lie side by side; name the distribution in the way."""
+    """Raise a PackagesError unless all four packages lie side by side; name the distribution in the way."""
     folders = package_folders() if folders is None else folders
     home = Path(__file__).resolve().parent.parent
     for name, folder in folders.items():
@@ -34,7 +38,7 @@ def check_packages(folders: dict[str, Path | None] | None = None) -> None:
         owners = importlib.metadata.packages_distributions().get(name, [])
         others = sorted({owner for owner in owners if owner != "sightline"})
         source = f"distribution '{others[0]}'" if others else f"'{folder}'"
-        raise UserError(
+        raise PackagesError(
             f"package '{name}' comes from {source} instead of {home}; "
             "uninstall it or use an environment of Sightline's own"
         )

@@ -59,6 +59,9 @@ def run_episodes(
     quota = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
     result, recording = Episodes(), record
     observation, _ = envs.reset(seed=seed)
+    succeeded = np.zeros(
+        n
+    )  # a success at any moment of an episode counts, as in Meta-World's evaluation
     step = 0
     while quota.any():
         if recording:
@@ -68,18 +71,23 @@ def run_episodes(
         step += 1
         observation, _, _, _, info = envs.step(act(observation))
         if "episode" not in info:
+            succeeded = np.maximum(succeeded, info.get("success", 0.0))
             continue
-        for i in np.flatnonzero(info["_episode"]):
+        final = info["final_info"]
+        ended = info["_episode"]
+        now = np.where(ended, final.get("success", 0.0), info.get("success", 0.0))
+        succeeded = np.maximum(succeeded, now)
+        for i in np.flatnonzero(ended):
             recording = recording and i != 0
             if quota[i] == 0:
                 continue
             quota[i] -= 1
             result.returns.append(float(info["episode"]["r"][i]))
             result.lengths.append(int(info["episode"]["l"][i]))
-            final = info["final_info"]
             if "success" in final:
-                result.success.append(float(final["success"][i]))
+                result.success.append(float(succeeded[i]))
             progress(len(result.returns))
+        succeeded[ended] = 0.0
     return result
 
 

@@ -68,9 +68,11 @@ class Session:
         )
         self.agent = self.make_agent(seeds["agent"])
         self.checkpoints = CheckpointStore(self.run, keep=self.settings.keep_checkpoints)
-        parts = self.checkpoints.load(replay=self.replay) if resume else None
-        steps = parts["progress"]["agent_steps"] if parts else None
-        self.logger = Logger(self.run, resume_from=steps)
+        # A run that was killed before its first checkpoint begins again.
+        goes_on = resume and self.checkpoints.latest() is not None
+        parts = self.checkpoints.load(replay=self.replay) if goes_on else None
+        done = parts["progress"]["agent_steps"] if parts else 0
+        self.logger = Logger(self.run, resume_from=done if resume else None)
         self.loop = OffPolicyLoop(
             self.agent,
             self.envs,
@@ -131,22 +133,24 @@ class Session:
         def act(observation: Any) -> np.ndarray:
             return self.agent.act(as_observation(observation, device), explore=False)[0]
 
+        has_pixels = self.config["env"]["observation"] != "state"
         seen = run_episodes(
-            act, self._evaluation_envs, episodes, seed=self.evaluation_seed, record=True
+            act, self._evaluation_envs, episodes, seed=self.evaluation_seed, record=has_pixels
         )
-        if seen.observations and self.config["env"]["observation"] != "state":
+        if seen.observations:
             observation = as_observation(seen.observations[len(seen.observations) // 2], device)
             action = torch.as_tensor(act(seen.observations[len(seen.observations) // 2]))
             pictures = self.agent.images(observation, action.to(device))
             self.logger.images({f"images/{k}": v for k, v in pictures.items()}, progress)
             video = enlarge(np.stack(seen.frames[:250]), side=128)
             self.logger.video("eval/video", video, progress)
+        tag = f"eval/{self.config['env']['distraction'] or 'clean'}"
         values = {
-            "eval/clean/return_mean": float(np.mean(seen.returns)),
-            "eval/clean/return_std": float(np.std(seen.returns)),
+            f"{tag}/return_mean": float(np.mean(seen.returns)),
+            f"{tag}/return_std": float(np.std(seen.returns)),
         }
         if seen.success:
-            values["eval/clean/success"] = float(np.mean(seen.success))
+            values[f"{tag}/success"] = float(np.mean(seen.success))
         return values
 
     def estimate(self) -> str:

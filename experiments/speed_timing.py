@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 Cell = str | float
 
-ROUNDS = 5
+ROUNDS = 7
 """Turns of everything that is compared; the median of them counts."""
 
 

@@ -108,8 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def new_config(given: dict[str, Any]) -> dict[str, Any]:
     """Return config.json's content for parsed flags: everything resolved, nothing left to defaults."""
     device = check_device(given["device"])
-    preset = find_preset(given["preset"], device)
     protocol = protocol_values(given.get("protocol"), given["env"])
+    for name in ("encoder", "updates_per_step"):  # the task's fields are checked by `Settings`
+        if name in protocol and given.get(name, protocol[name]) != protocol[name]:
+            raise UserError(
+                f"{name} is {given[name]}, but protocol '{given['protocol']}' fixes {protocol[name]}; "
+                f"leave out --{name.replace('_', '-')} or the protocol"
+            )
+    # A protocol's numbers are published ones: nothing is cut to fit a small machine unless asked for.
+    auto = "gpu" if protocol else "auto"
+    preset = find_preset(auto if given["preset"] == "auto" else given["preset"], device)
     sources = (preset, protocol, given)
     seed, seeds = spawn_seeds(given["seed"])
     task = fill(
@@ -192,18 +200,26 @@ def train(run: Path, config: dict[str, Any], *, resume: bool = False) -> None:
 
 
 class stop_on_signal:
-    """Context in which SIGTERM asks the loop to save and leave; enters as a function that tells."""
+    """Context in which SIGTERM or Ctrl-C asks the loop to save and leave; enters as a function that tells.
+
+    A second Ctrl-C leaves at once.
+    """
 
     def __enter__(self) -> Callable[[], bool]:
         self._asked = False
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return lambda: self._asked
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, number: int, _: object) -> None:
         self._asked = True
+        signal.signal(number, self._before[signal.Signals(number)])
+        print("saving, then leaving", file=sys.stderr)
 
 
 if __name__ == "__main__":

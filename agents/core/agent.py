@@ -112,6 +112,11 @@ class Agent(ABC):
             _check_names("optimizer", set(tree["optimizers"]), set(self.optimizers()))
             for name, optimizer in self.optimizers().items():
                 _load_optimizer(optimizer, tree["optimizers"][name])
+            if tree["generator"].numel() != self.generator.get_state().numel():
+                raise UserError(
+                    "the checkpoint was saved on another kind of device, whose random stream cannot go on "
+                    "here; resume on the device that config.json names"
+                )
             self.generator.set_state(tree["generator"].cpu())
             self.load_extra_state(tree["extra"])
 

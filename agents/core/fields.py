@@ -111,9 +111,13 @@ def free_bytes(storage: Storage, device: torch.device, directory: str | Path | N
     if storage == "device" and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    group = Path("/sys/fs/cgroup")
     try:  # in a container psutil sees the host's memory, not the container's limit
-        return min(free, int(limit.read_text()) - int(used.read_text()))
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        entries = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = sum(int(n) for name, n in entries if name in ("active_file", "inactive_file"))
+        return min(free, limit - used + cached)  # files in the cache make room when asked
     except (OSError, ValueError):
         return free
 
@@ -134,6 +138,7 @@ def allocate(
     if storage == "mmap" and directory is not None:
         file = Path(directory) / f"{name}.bin"
         column: np.ndarray = np.memmap(file, np.uint8, "w+", shape=(nbytes,))
+        file.unlink()  # the mapping keeps it alive as long as the process, and no longer
     else:  # NumPy's zeros are touched lazily, torch's at once
         column = np.zeros(nbytes, np.uint8)
     return torch.from_numpy(column).view(field.dtype).view(shape)

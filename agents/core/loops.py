@@ -86,7 +86,7 @@ class Hooks:
     """What a script adds to the loop.
 
     Attributes:
-        evaluate: returns scalars by tag; `eval/clean/return_mean` picks the best checkpoint.
+        evaluate: returns scalars by tag; the one that ends in `/return_mean` picks the best checkpoint.
         render_seconds: total time that the environments spent rendering.
         stop: asked after every step; True saves and returns.
         line: prints one line for a person (progress bars permitting).
@@ -329,10 +329,9 @@ class OffPolicyLoop:
         if self.hooks.evaluate is None:
             return
         progress, clock = self.state.progress, time.perf_counter()
-        rendered = self._rendered()
         values = self.hooks.evaluate(progress)
         self.logger.scalars(values, progress)
-        score = values.get("eval/clean/return_mean", -math.inf)
+        score = max((v for k, v in values.items() if k.endswith("/return_mean")), default=-math.inf)
         if score > self.state.best_return:
             self.state.best_return = score
             weights = {
@@ -345,9 +344,8 @@ class OffPolicyLoop:
             + "  ".join(f"{k.removeprefix('eval/')} {v:.1f}" for k, v in values.items())
         )
         # Training speed is reported without the time that evaluation took.
-        mark, steps, before = self._log_mark
-        spent, painted = time.perf_counter() - clock, self._rendered() - rendered
-        self._log_mark = (mark + spent, steps, before + painted)
+        mark, steps, rendered = self._log_mark
+        self._log_mark = (mark + time.perf_counter() - clock, steps, rendered)
 
     def _rendered(self) -> float:
         return self.hooks.render_seconds() if self.hooks.render_seconds else 0.0

@@ -87,6 +87,8 @@ class ActorCriticConfig:
         for name, value in vars(self).items():
             if name.endswith("learning_rate") and not value > 0:
                 raise UserError(f"{name} is {value}; give a positive number")
+        if not self.critic_weight_decay >= 0:
+            raise UserError(f"critic_weight_decay is {self.critic_weight_decay}; give 0 or more")
         if min(self.hidden, default=1) < 1 or self.pad < 0:
             raise UserError(
                 f"hidden is {self.hidden} and pad {self.pad}; give positive widths and at least 0"
@@ -176,7 +178,8 @@ class ActorCritic(Agent):
         self.crop = self.pad = 0
         if "pixels" in spaces:
             spaces["pixels"] = self._cropped(spaces["pixels"])
-            self.pad = max(1, round(config.pad * spaces["pixels"].shape[-1] / 84))
+            scaled = round(config.pad * spaces["pixels"].shape[-1] / 84)
+            self.pad = max(1, scaled) if config.pad else 0
         self.action_dim = action_space.shape[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
@@ -254,9 +257,9 @@ class ActorCritic(Agent):
         """Return the critic's regression target, [B], without gradient."""
         following = self.augment(batch.next_observation)
         seen = self.critic.normalize(following)
-        target_features = self.target.encode(seen)
+        policy_features = self.critic.encode(seen)
         shared = self.config.encoder_tau == 1.0 and self.config.target_every == 1
-        policy_features = target_features if shared else self.critic.encode(seen)
+        target_features = policy_features if shared else self.target.encode(seen)
         value = self.next_value(policy_features, target_features)
         return td_target(batch.reward, batch.discount, value)
 

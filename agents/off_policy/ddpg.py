@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from agents.core.distributions import clipped_gaussian
 from agents.core.encoders import EncoderName
+from agents.core.errors import UserError
 from agents.core.networks import Trunk, gradient_norm, mlp
 from agents.core.schedules import linear
 from agents.off_policy.actor_critic import ActorCritic, ActorCriticConfig
@@ -53,6 +54,13 @@ class DDPGConfig(ActorCriticConfig):
     """Agent steps over which the standard deviation falls (DrQ-v2 easy tasks: 100k frames at repeat 2)."""
     noise_clip: float = 0.3
     """Bound on the noise of target and actor actions (DrQ-v2)."""
+
+    def __post_init__(self) -> None:
+        """Reject values that the agent cannot run with."""
+        super().__post_init__()
+        for name in ("noise_start", "noise_end", "noise_clip", "noise_steps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
 
 
 class DeterministicActor(nn.Module):
@@ -115,7 +123,7 @@ class DDPG(ActorCritic):
         self.actor_optimizer.step()
         return {
             "loss/actor": loss.detach(),
-            "policy/noise": torch.tensor(self.noise),
+            "policy/noise": torch.tensor(self.noise, device=loss.device),
             "gradient_norm/actor": norm,
         }
 

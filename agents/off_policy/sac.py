@@ -7,6 +7,7 @@ Differences from those sources:
 - The log-probability uses the exact Jacobian of tanh (no 1e-6 inside the logarithm).
 - The actor reads the features that the critic's step computed, one gradient step old (as DrQ-v2 does).
 - No burst of 1000 updates after the random steps.
+- With n_step > 1 (the CPU preset) the rewards in between carry no entropy bonus; only the last state's value does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.core.distributions import bound_log_std, squashed_gaussian
+from agents.core.errors import UserError
 from agents.core.networks import Trunk, gradient_norm, mlp
 from agents.off_policy.actor_critic import ActorCritic, ActorCriticConfig
 
@@ -37,6 +39,20 @@ class SACConfig(ActorCriticConfig):
     """Lower bound of the policy's log standard deviation (DMControl-GB)."""
     log_std_high: float = 2.0
     """Upper bound of the policy's log standard deviation (DMControl-GB)."""
+
+    def __post_init__(self) -> None:
+        """Reject values that the agent cannot run with."""
+        super().__post_init__()
+        if not self.initial_temperature > 0:
+            raise UserError(
+                f"initial_temperature is {self.initial_temperature}; give a positive number"
+            )
+        if not 0 <= self.temperature_beta1 < 1:
+            raise UserError(f"temperature_beta1 is {self.temperature_beta1}; give one in [0, 1)")
+        if not self.log_std_low < self.log_std_high:
+            raise UserError(
+                f"log_std_low {self.log_std_low} is not below log_std_high {self.log_std_high}"
+            )
 
 
 class SquashedActor(nn.Module):

@@ -10,6 +10,7 @@ though the paper's best video results are the overlay's), and procedural texture
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -54,7 +55,7 @@ class StrongView:
         seed: of the procedural textures.
 
     Raises:
-        UserError: there are no pixels to augment.
+        UserError: there are no pixels to augment; at the first call, that the folder has no images.
     """
 
     def __init__(
@@ -67,18 +68,20 @@ class StrongView:
         if "pixels" not in spaces:
             raise UserError("this method augments pixels; use --observation pixels or both")
         self.kind = kind
-        size = spaces["pixels"].shape[-1]
-        self.images = (
-            OverlayImages(folder, size=round(size * 1.25), seed=seed) if kind == "overlay" else None
+        self._bank = partial(
+            OverlayImages, folder, size=round(spaces["pixels"].shape[-1] * 1.25), seed=seed
         )
+        self._images: OverlayImages | None = None
 
     def __call__(self, observation: Observation, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the observation with strongly augmented pixels, float32 in [0, 255]."""
         pixels = observation["pixels"]
-        if self.images is None:
+        if self.kind == "convolution":
             strong = random_convolution(pixels, generator)
         else:
-            strong = overlay(pixels, generator, self.images)
+            if self._images is None:  # not before: a policy that only acts needs no images
+                self._images = self._bank()
+            strong = overlay(pixels, generator, self._images)
         return {**observation, "pixels": strong}
 
 

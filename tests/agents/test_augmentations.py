@@ -105,5 +105,5 @@ def test_overlay_folder_is_read_and_its_mistakes_are_named(tmp_path):
     assert images.shape == (1, 3, 8, 8)
     assert images[0, :, 0, 0].tolist() == [10, 20, 30]
     (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="b.png"):
+    with pytest.raises(UserError, match=r"b\.png"):
         OverlayImages(str(tmp_path), size=8, seed=0)

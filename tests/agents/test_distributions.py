@@ -12,9 +12,7 @@ def test_squashed_log_prob_equals_torch_distributions_in_double_precision():
     mean, log_std = torch.randn(64, 3).double(), torch.randn(64, 3).double().clamp(-2, 1)
     noise = torch.randn(64, 3).double()
     action, log_prob = squashed_gaussian(mean, log_std, noise)
-    reference = TransformedDistribution(
-        Normal(mean, log_std.exp()), [TanhTransform(cache_size=1)]
-    )
+    reference = TransformedDistribution(Normal(mean, log_std.exp()), [TanhTransform(cache_size=1)])
     u = mean + log_std.exp() * noise
     expected = reference.log_prob(reference.transforms[0](u)).sum(-1)
     torch.testing.assert_close(action, torch.tanh(u))

@@ -41,9 +41,7 @@ def test_td_loss_is_the_sum_of_both_critics_mean_squared_errors():
 def test_sac_target_is_reward_plus_discounted_soft_value_of_the_target_critic():
     agent = small_agent("sac", STATE)
     batch = transitions(STATE)
-    noise = torch.randn(
-        (8, 2), generator=torch.Generator().set_state(agent.generator.get_state())
-    )
+    noise = torch.randn((8, 2), generator=torch.Generator().set_state(agent.generator.get_state()))
     target = agent.target_value(batch)
     mean, log_std = agent.actor(batch.next_observation["state"])
     policy = TransformedDistribution(Normal(mean, log_std.exp()), [TanhTransform()])
@@ -69,9 +67,7 @@ def test_sac_losses_equal_a_loop_over_samples():
 def test_ddpg_target_uses_the_smaller_target_critic_at_a_clipped_noisy_action():
     agent = small_agent("ddpg", STATE)
     batch = transitions(STATE)
-    noise = torch.randn(
-        (8, 2), generator=torch.Generator().set_state(agent.generator.get_state())
-    )
+    noise = torch.randn((8, 2), generator=torch.Generator().set_state(agent.generator.get_state()))
     target = agent.target_value(batch)
     mean = agent.actor(batch.next_observation["state"])
     action = (mean + (1.0 * noise).clamp(-0.3, 0.3)).clamp(-1 + 1e-6, 1 - 1e-6)
@@ -90,9 +86,9 @@ def test_ddpg_noise_follows_its_schedule():
 
 def test_svea_loss_weighs_the_clean_and_the_augmented_view():
     clean, strong, target = torch.randn(2, 4), torch.randn(2, 4), torch.randn(4)
-    expected = 0.3 * ((clean - target) ** 2).mean(1).sum() + 0.7 * (
-        (strong - target) ** 2
-    ).mean(1).sum()
+    expected = (
+        0.3 * ((clean - target) ** 2).mean(1).sum() + 0.7 * ((strong - target) ** 2).mean(1).sum()
+    )
     loss = svea.svea_loss(tuple(clean), tuple(strong), target, 0.3, 0.7)
     torch.testing.assert_close(loss, expected)
 
@@ -156,9 +152,7 @@ def test_sgqn_auxiliary_step_trains_encoder_trunk_and_decoder_every_second_updat
     assert (
         agent.method.auxiliary_update(agent.critic, seen, action, agent.generator, updates=3) == {}
     )
-    metrics = agent.method.auxiliary_update(
-        agent.critic, seen, action, agent.generator, updates=4
-    )
+    metrics = agent.method.auxiliary_update(agent.critic, seen, action, agent.generator, updates=4)
     assert set(metrics) == {"loss/attribution"}
     changed = {
         name.split(".")[0]
@@ -228,9 +222,7 @@ def test_a_restored_agent_goes_on_bit_for_bit(name):
     for key, network in agent.networks().items():
         for tensor, value in network.state_dict().items():
             assert torch.equal(value, other.networks()[key].state_dict()[tensor]), (key, tensor)
-    for mine, theirs in zip(
-        agent.optimizers().values(), other.optimizers().values(), strict=True
-    ):
+    for mine, theirs in zip(agent.optimizers().values(), other.optimizers().values(), strict=True):
         for a, b in zip(mine.state.values(), theirs.state.values(), strict=True):
             assert all(torch.equal(a[k], b[k]) for k in a)
     seen = observation(BOTH)

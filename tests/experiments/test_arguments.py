@@ -117,10 +117,18 @@ def test_flags_win_over_the_protocol_over_the_preset_over_the_defaults() -> None
     assert protocol["env"]["quality"] == "reference"
     assert protocol["train"]["updates_per_step"] == 0.5
     assert agent["hidden"] == [256, 256], "the preset's, where the protocol says nothing"
-    flags = configure(f"{words} --protocol drqv2 --encoder dmc-gb --updates-per-step 2 --hidden 9")
+    flags = configure(f"{words} --protocol drqv2 --batch-size 8 --hidden 9")
     agent = flags["configs"]["DDPGConfig"]
-    assert (agent["encoder"], agent["hidden"]) == ("dmc-gb", [9])
-    assert flags["train"]["updates_per_step"] == 2
+    assert (agent["batch_size"], agent["hidden"]) == (8, [9])
+
+
+def test_what_a_protocol_fixes_is_not_changed_silently() -> None:
+    words = "--env dmc/walker-walk --device cpu --protocol dmc-gb"
+    published = configure(words)["configs"]["DDPGConfig"]
+    assert published["hidden"] == [1024, 1024], "without a preset nothing is cut to fit the machine"
+    for flag in ("--encoder small", "--updates-per-step 2", "--size 48"):
+        with pytest.raises(UserError, match="fixes"):
+            configure(f"{words} {flag}")
 
 
 def test_presets_name_only_fields_that_exist_and_auto_follows_the_device() -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.core.errors import UserError
-from experiments.packages import PACKAGES, check_packages, package_folders
+from experiments.packages import PACKAGES, PackagesError, check_packages, package_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,9 +24,9 @@ def test_the_packages_of_this_checkout_are_accepted() -> None:
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_package_from_elsewhere_is_refused_with_its_folder(name: str, tmp_path: Path) -> None:
     folders = package_folders() | {name: tmp_path / name}
-    with pytest.raises(UserError, match=f"package '{name}' comes from '{tmp_path / name}'"):
+    with pytest.raises(PackagesError, match=f"package '{name}' comes from '{tmp_path / name}'"):
         check_packages(folders)
-    with pytest.raises(UserError, match=f"package '{name}'"):
+    with pytest.raises(PackagesError, match=f"package '{name}'"):
         check_packages(package_folders() | {name: None})
 
 
@@ -36,16 +35,18 @@ def test_the_distribution_in_the_way_is_named(
 ) -> None:
     owners = {"agents": ["sightline", "openai-agents"]}
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
-    with pytest.raises(UserError, match="comes from distribution 'openai-agents'"):
+    with pytest.raises(PackagesError, match="comes from distribution 'openai-agents'"):
         check_packages(package_folders() | {"agents": tmp_path})
 
 
-def test_a_foreign_folder_on_the_path_stops_a_command_with_one_line(tmp_path: Path) -> None:
-    # A namespace package found later would not win over ours, so the stranger is a whole package
-    # that hands everything on: imports work, and still the place is wrong.
-    stranger = tmp_path / "wrappers"
+@pytest.mark.parametrize("name", ["agents", "envs", "wrappers"])
+def test_a_foreign_package_on_the_path_stops_a_command_with_one_line(
+    name: str, tmp_path: Path
+) -> None:
+    # Nothing of ours is in it: a command that imported it first would end in an ImportError.
+    stranger = tmp_path / name
     stranger.mkdir()
-    (stranger / "__init__.py").write_text(f"__path__.append({str(ROOT / 'wrappers')!r})\n")
+    (stranger / "__init__.py").write_text("")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     child = subprocess.run(
         [sys.executable, "-m", "experiments.evaluate", "nowhere"],
@@ -53,5 +54,5 @@ def test_a_foreign_folder_on_the_path_stops_a_command_with_one_line(tmp_path: Pa
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert child.returncode == 2
-    assert child.stderr.startswith(f"error: package 'wrappers' comes from '{stranger}'")
+    assert child.stderr.startswith(f"error: package '{name}' comes from '{stranger}'")
     assert child.stderr.count("\n") == 1

@@ -41,7 +41,7 @@ def test_what_is_compared_takes_turns_after_a_warm_up() -> None:
 
 def test_the_median_turn_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    durations = iter([1.0, 1.0, 3.0, 1.0, 900.0, 2.0, 4.0])
+    durations = iter([1.0, 1.0, 3.0, 1.0, 900.0, 2.0, 4.0, 3.5, 1.5])
 
     def call() -> None:
         clock[0] += next(durations)

@@ -81,7 +81,12 @@ def train(name, *, steps, seed=0, observation="pixels", shuffle_rewards=False, *
 def score(agent, *, distraction=None, observation="pixels", episodes=30):
     """Return the mean greedy return over episodes that start in fixed states."""
     vector = envs.make_vec(
-        "toy/reach", episodes, size=24, distraction=distraction, split="test", observation=observation
+        "toy/reach",
+        episodes,
+        size=24,
+        distraction=distraction,
+        split="test",
+        observation=observation,
     )
     seen, _ = vector.reset(seed=1234)
     total = np.zeros(episodes)
