@@ -288,6 +288,58 @@ def test_discrete_actions_are_refused_in_one_line():
 
 
 @pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("sac", "initial_temperature", 0.0),
+        ("sac", "log_std_low", 3.0),
+        ("drqv2", "noise_clip", -1.0),
+        ("drqv2", "noise_start", float("nan")),
+        ("drq", "critic_weight_decay", -1.0),
+    ],
+)
+def test_impossible_settings_of_one_agent_are_refused(name, field, value):
+    with pytest.raises(UserError, match=field):
+        small_agent(name, **{field: value})
+
+
+def test_no_pad_means_no_shift():
+    agent = small_agent("drq", pad=0)
+    seen = observation()
+    assert torch.equal(agent.augment(seen)["pixels"], seen["pixels"])
+
+
+@pytest.mark.parametrize("name", ["drqv2", "drqv2-svea", "drqv2-sgqn"])
+def test_drqv2s_targets_are_computed_from_the_online_encoder(name):
+    """Also where a method's auxiliary step moved the encoder after the averages."""
+    agent = small_agent(name)
+    for seed in range(2):
+        agent.update(transitions(seed=seed))
+    batch = transitions(seed=7)
+    state = agent.generator.get_state()
+    target = agent.target_value(batch)
+    with torch.no_grad():
+        for parameter in agent.target.encoder.parameters():
+            parameter.zero_()
+    agent.generator.set_state(state)
+    assert torch.equal(agent.target_value(batch), target)
+
+
+def test_methods_load_their_images_only_when_they_learn(tmp_path):
+    agent = small_agent("svea", overlay_folder=str(tmp_path / "gone"))
+    agent.act(observation(), explore=False)
+    with pytest.raises(UserError, match="does not exist"):
+        agent.update(transitions())
+
+
+def test_a_random_stream_of_another_device_is_refused():
+    agent = small_agent("sac")
+    tree = agent.state_dict()
+    tree["generator"] = torch.zeros(16, dtype=torch.uint8)
+    with pytest.raises(UserError, match="another kind of device"):
+        agent.load_state_dict(tree)
+
+
+@pytest.mark.parametrize(
     ("field", "value"), [("batch_size", 0), ("discount", 1.5), ("n_step", -1), ("critic_tau", 0.0)]
 )
 def test_impossible_settings_are_refused(field, value):

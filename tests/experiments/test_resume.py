@@ -6,6 +6,7 @@ simulators' states. The runs are cut in mid-episode, with two workers, under a d
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -156,3 +157,12 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(
     assert contents() == before
     resume(run, steps=32)
     assert final_state(run)["progress"]["agent_steps"] == 32
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    whole = train("drq", "toy/reach", tmp_path / "whole", steps=30)
+    killed = train("drq", "toy/reach", tmp_path / "killed", steps=30)
+    for folder in ("checkpoints", "replay"):
+        shutil.rmtree(killed / folder)
+    resume(killed)
+    assert difference(final_state(killed), final_state(whole)) is None
