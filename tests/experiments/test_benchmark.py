@@ -1,0 +1,54 @@
+"""The grid runs what is missing and collects what was measured."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from experiments.benchmark import main
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open() as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.mark.slow
+def test_a_grid_is_run_collected_and_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--agents", "drq", "drqv2", "--envs", "toy/reach", "--seeds", "1", "2"]
+    words += ["--preset", "debug", "--episodes", "2", "--threads", "1"]
+    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--", "--steps", "120", "--eval-every", "0"]) == 0
+    found = rows(tmp_path / "out" / "results.csv")
+    assert len(found) == 2 * 2 * 5, "agents, seeds, four distractions and the random policy"
+    assert {row["agent_steps"] for row in found} == {"120"}
+    page = (tmp_path / "out" / "results.md").read_text()
+    clean = [
+        float(r["return_mean"]) for r in found if (r["agent"], r["distraction"]) == ("drq", "clean")
+    ]
+    assert f"| {sum(clean) / 2:.0f} ± " in page
+    log = tmp_path / "runs" / "toy-reach" / "drq-seed1" / "metrics.csv"
+    before = log.read_bytes()
+    assert main([*words, "--", "--steps", "120", "--eval-every", "0"]) == 0
+    assert log.read_bytes() == before
+
+
+def test_nothing_to_collect_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--agents", "sac", "--seeds", "1", "--collect", "--runs", str(tmp_path)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "no run of this grid was evaluated" in capsys.readouterr().err
+
+
+def test_unknown_agents_and_tasks_are_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--agents", "sgqm"]) == 2
+    assert "did you mean sgqn" in capsys.readouterr().err
+    assert main(["--agents", "sgqn", "--envs", "dmc/walker-wak"]) == 2
+    assert "dmc/walker-walk" in capsys.readouterr().err
