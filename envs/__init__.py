@@ -138,7 +138,7 @@ def make_vec(
     seeds = [np.random.SeedSequence(resolved.seed, spawn_key=(i, 0)) for i in range(num_envs)]
     each = (replace(resolved, seed=int(seed.generate_state(1)[0])) for seed in seeds)
     factories = [functools.partial(Environment, own, get_spec(id)) for own in each]
-    return VectorEnv(factories, workers=workers, timeout=timeout)
+    return VectorEnv(factories, workers=workers, timeout=timeout, seed=resolved.seed)
 
 
 def register(id: str, adapter: registry.Adapter, **settings: Any) -> TaskSpec:

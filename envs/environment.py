@@ -29,6 +29,12 @@ class Environment(Pixels):
             spec: of the task, for a process in which nobody has registered it.
         """
         adapter = (spec or get_spec(settings.id)).build(settings.episode_length)
+        is_seen = (
+            settings.observation != "state"
+            or settings.foreground_mask
+            or settings.distraction is not None
+            or settings.camera is not None
+        )
         if settings.camera is None:
             settings = replace(settings, camera=getattr(adapter, "default_camera", None))
         assert settings.action_repeat is not None
@@ -48,7 +54,8 @@ class Environment(Pixels):
         )
         self.settings = settings.as_dict()
         self._first_seed = settings.seed
-        _ = self.view  # tells of an unknown camera now; GL is not touched yet
+        if is_seen:
+            _ = self.view  # tells of an unknown camera now; GL is not touched yet
         if adapter.spec is None:
             adapter.spec = EnvSpec(
                 gymnasium_id(settings.id), entry_point="envs:make", kwargs=self.settings

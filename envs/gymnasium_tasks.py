@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import gymnasium
@@ -257,8 +258,8 @@ def _make(task: str, episode_length: int | None, settings: dict[str, Any]) -> gy
         if module:
             importlib.import_module(module)
         entry = gymnasium.spec(name).entry_point
-    except ModuleNotFoundError as error:
-        raise UserError(f"gym/{task} needs a package that is not installed: {error}") from None
+    except ImportError as error:
+        raise _not_importable(task, error) from None
     except gymnasium.error.Error:
         known = [name for name in gymnasium.registry if "/" not in name]
         raise UserError.unknown("Gymnasium task", task, known) from None
@@ -269,13 +270,25 @@ def _make(task: str, episode_length: int | None, settings: dict[str, Any]) -> gy
     mujoco.set_mju_user_warning(lambda text: None)
     try:
         creator = load_env_creator(entry) if isinstance(entry, str) else entry
-        if "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ()):
-            settings = {"render_mode": "rgb_array", **settings}
+        drawn = {"render_mode": "rgb_array", **settings}
+        if not isinstance(creator, type):  # a function does not tell what it takes
+            with suppress(Exception):
+                return gymnasium.make(name, disable_env_checker=True, **drawn)
+        elif "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ()):
+            settings = drawn
         return gymnasium.make(name, disable_env_checker=True, **settings)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f"gym/{task} needs a package that is not installed: {error}") from None
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise _not_importable(task, error) from None
     finally:
         mujoco.set_mju_user_warning(callback)
+
+
+def _not_importable(task: str, error: Exception) -> UserError:
+    why = str(error).strip().partition("\n")[0]
+    return UserError(
+        f"gym/{task} needs a package that is not installed: {why}; install it, or choose another "
+        "task or version"
+    )
 
 
 def _normalized(task: str, space: spaces.Space) -> spaces.Space:

@@ -19,7 +19,6 @@ have to be guessed. In pictures it is a small colored mark, where the task has o
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -34,7 +33,8 @@ import metaworld.env_dict  # noqa: E402
 import mujoco  # noqa: E402
 
 from envs import snapshot  # noqa: E402
-from envs.mujoco_view import MujocoView, Scenery, find_scenery  # noqa: E402
+from envs.mujoco_view import MujocoView, find_camera  # noqa: E402
+from envs.scenery import Scenery, find_scenery, flat_paint  # noqa: E402
 
 VERSION = "-v3"
 _MODEL_ARRAYS = ("body_pos", "site_pos")
@@ -54,7 +54,8 @@ def metaworld_scenery(model: mujoco.MjModel) -> Scenery:
     scenery = find_scenery(model)
     bodies = model.geom_bodyid.tolist()
     walls = [geom for geom, body in enumerate(bodies) if model.body(body).name == "RetainingWall"]
-    return replace(scenery, geoms={**scenery.geoms, "walls": walls})
+    paints = {"walls": flat_paint(model, walls)} if walls else {}
+    return Scenery({**scenery.geoms, "walls": walls}, {**scenery.paints, **paints})
 
 
 class MetaWorldTask(gymnasium.Env):
@@ -158,16 +159,16 @@ class MetaWorldTask(gymnasium.Env):
         quality: Quality = "reference",
     ) -> MujocoView:
         """Return a picture of the task; `corner2` hangs upside down in the model and is turned."""
-        camera = self.default_camera if camera is None else camera
-        is_corner2 = camera in ("corner2", self._env.model.camera("corner2").id)
+        model = self._env.model
+        through = find_camera(model, self.default_camera if camera is None else camera)
         return MujocoView(
             lambda: (self._env.model, self._env.data),
             height=height,
             width=width,
-            camera=camera,
+            camera=through,
             quality=quality,
             scenery=metaworld_scenery,
-            upside_down=is_corner2,
+            upside_down=through.fixedcamid == model.camera("corner2").id,
         )
 
     def render(self) -> np.ndarray:

@@ -67,11 +67,21 @@ class MujocoView:
     def render_layers(self, hidden: frozenset[Part]) -> Layers:
         """Render without the `hidden` parts and tell where they would have been.
 
-        Where no pixel is mixed of two things, coverage is the same drawing's far plane.
+        Where no pixel is mixed of two things, coverage is the same drawing's far plane. Behind
+        walls there may be more than sky (the sides of Meta-World's table): what hiding them
+        uncovers is taken for hidden too, at the price of one more drawing (Meta-World: 5.7 ms of
+        CPU without it, 10.5 with it).
         """
         if "sky" not in hidden:
             rgb = self._upright(self._scene(hidden).draw())
             return Layers(rgb, self._shown_parts(hidden).astype(np.float32))
+        layers = self._layers_before_the_far_plane(hidden)
+        if "walls" in hidden and self._scenery.geoms.get("walls"):
+            # Not where coverage is above one half: silhouettes stay soft.
+            layers.coverage[self._shown_parts(hidden) & (layers.coverage < 0.5)] = 1
+        return layers
+
+    def _layers_before_the_far_plane(self, hidden: frozenset[Part]) -> Layers:
         renderer = self._scene(hidden)
         geoms = renderer.scene.geoms[: renderer.scene.ngeom]
         if self.quality == "reference" or any(geom.rgba[3] < 1 for geom in geoms):
@@ -134,7 +144,7 @@ class MujocoView:
     def _look_at(self, model: mujoco.MjModel) -> None:
         self.close()
         self._model, self._scenery = model, self._find_scenery(model)
-        self._camera = _camera(model, self._camera_name)
+        self._camera = find_camera(model, self._camera_name)
         paints = self._scenery.paints
         self._repainted = {slot: rgb for slot, rgb in self._repainted.items() if slot in paints}
 
@@ -227,8 +237,14 @@ class MujocoView:
         return np.ascontiguousarray(pixels[::-1, ::-1] if self._upside_down else pixels)
 
 
-def _camera(model: mujoco.MjModel, name: int | str | mujoco.MjvCamera | None) -> mujoco.MjvCamera:
-    """Return the camera that `name` stands for."""
+def find_camera(
+    model: mujoco.MjModel, name: int | str | mujoco.MjvCamera | None
+) -> mujoco.MjvCamera:
+    """Return the camera that `name` stands for.
+
+    Raises:
+        UserError: if the model has no such camera.
+    """
     if isinstance(name, mujoco.MjvCamera):
         return name
     camera = mujoco.MjvCamera()

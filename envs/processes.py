@@ -156,6 +156,8 @@ class Worker:
 
     def receive(self, deadline: float) -> Any:
         """Return the reply; raise `FailureError`, or what an environment raised."""
+        if self._process is None:
+            raise FailureError("failed while another one raised an error")
         left = max(deadline - time.monotonic(), 0)
         ready = wait([self._connection, self._process.sentinel], left)
         if not ready:

@@ -191,6 +191,13 @@ def _register_own() -> None:
             background=_SKY_AND_FLOOR,
             success=task == "reach",
         )
+    register(
+        "toy/reach-drift",  # the floor moves: a background that is no good to remember
+        "envs.toy:Reach",
+        arguments={"drift": 0.05},
+        background=_SKY_AND_FLOOR,
+        success=True,
+    )
     for task in _gymnasium_tasks():
         is_mujoco = "mujoco" in str(gymnasium.spec(task).entry_point)
         register(

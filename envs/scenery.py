@@ -50,14 +50,24 @@ def find_scenery(model: mujoco.MjModel) -> Scenery:
 
     The floor is every level or checkered plane and every terrain that does not move; the wall that
     some dm_control robots move before has the material `background`. The floor's checker colors are
-    `grid1` and `grid2`, or `floor` where it has one color. `self` is the material of that name, else
-    the most frequent color of what moves; `sky` the brighter end of the skybox's gradient.
+    `grid1` and `grid2`, or `floor` where it has one color or another texture, which is then tinted, as
+    are `walls`. `self` is the material of that name, else the most frequent color of what moves;
+    `sky` the brighter end of the skybox's gradient.
     """
     geoms = _background_geoms(model)
-    floor = geoms.get("floor", [])
-    return Scenery(
-        geoms, {**_sky_paint(model), **_floor_paints(model, floor), **_self_paint(model)}
-    )
+    floor, walls = geoms.get("floor", []), geoms.get("walls", [])
+    paints = {**_sky_paint(model), **_floor_paints(model, floor), **_self_paint(model)}
+    if walls:
+        paints["walls"] = flat_paint(model, walls)
+    return Scenery(geoms, paints)
+
+
+def flat_paint(model: mujoco.MjModel, geoms: Sequence[int]) -> Paint:
+    """Return the paint of geoms of one look; what texture they have is multiplied by its color."""
+    material = int(model.geom_matid[geoms[0]])
+    if material < 0:
+        return Paint(model.geom_rgba[geoms[0], :3].astype(np.float64), geoms=geoms)
+    return Paint(model.mat_rgba[material, :3].astype(np.float64), [material])
 
 
 def _background_geoms(model: mujoco.MjModel) -> dict[Part, list[int]]:
@@ -98,18 +108,17 @@ def _floor_paints(model: mujoco.MjModel, floor: Sequence[int]) -> dict[str, Pain
     if not floor:
         return {}
     material = int(model.geom_matid[floor[0]])
-    if material < 0:
-        return {"floor": Paint(model.geom_rgba[floor[0], :3].astype(np.float64), geoms=floor)}
-    texture = int(model.mat_texid[material, mujoco.mjtTextureRole.mjTEXROLE_RGB])
+    role = mujoco.mjtTextureRole.mjTEXROLE_RGB
+    texture = int(model.mat_texid[material, role]) if material >= 0 else -1
     if texture < 0:
-        return {"floor": Paint(model.mat_rgba[material, :3].astype(np.float64), [material])}
+        return {"floor": flat_paint(model, floor)}
     texels = texture_data(model, texture)
     height, width, _ = texels.shape
     # A builtin checker is two by two cells; at most a third color marks their edges.
     first, second = texels[height // 4, width // 4], texels[height // 4, 3 * width // 4]
     checker = ((texels == first) | (texels == second)).all(-1).mean() > 0.9
     if not checker or (first == second).all():
-        return {}
+        return {"floor": flat_paint(model, floor)}
     return {
         "grid1": Paint(first / 255, texture=texture),
         "grid2": Paint(second / 255, texture=texture),
@@ -133,7 +142,4 @@ def _self_paint(model: mujoco.MjModel) -> dict[str, Paint]:
         looks.setdefault((material, color), []).append(int(geom))
     if not looks:
         return {}
-    (material, _), geoms = max(looks.items(), key=lambda look: len(look[1]))
-    if material >= 0:
-        return {"self": Paint(model.mat_rgba[material, :3].astype(np.float64), [material])}
-    return {"self": Paint(model.geom_rgba[geoms[0], :3].astype(np.float64), geoms=geoms)}
+    return {"self": flat_paint(model, max(looks.values(), key=len))}

@@ -104,7 +104,8 @@ class Settings:
         return replace(self, **{name: value for name, value in fixed.items() if value is not None})
 
     def _resolved_quality(self, spec: TaskSpec) -> Literal["reference", "fast"]:
-        if spec.family == "toy" and self.quality == "auto":
+        draws_itself = spec.family == "gym" and spec.background == frozenset()
+        if self.quality == "auto" and (spec.family == "toy" or draws_itself):
             return "reference"  # drawn without GL, which need not be there
         try:
             return resolve_quality(self.quality)

@@ -51,13 +51,20 @@ class VectorEnv(gym.vector.VectorEnv):
             (`functools.partial(envs.make, id, ...)` can be).
         workers: processes that share the environments evenly; 0 keeps all in this process.
         timeout: seconds after which a worker that does not answer is replaced.
+        seed: of the episodes that replaced workers begin until `reset(seed=)` gives another; None
+            draws one.
 
     Attributes:
         worker_failures: how many workers died or hung so far.
     """
 
     def __init__(
-        self, factories: Sequence[Factory], *, workers: int = 0, timeout: float = 60.0
+        self,
+        factories: Sequence[Factory],
+        *,
+        workers: int = 0,
+        timeout: float = 60.0,
+        seed: int | None = None,
     ) -> None:
         self._members: list[Local | Worker] = []
         if not factories or workers < 0 or timeout <= 0:
@@ -80,7 +87,7 @@ class VectorEnv(gym.vector.VectorEnv):
         except BaseException:
             self.close_extras()
             raise
-        self._seeds = np.random.SeedSequence()
+        self._seeds = np.random.SeedSequence(seed)
         self._replacements = np.zeros(self.num_envs, np.int64)
         # Environments whose worker was replaced since the last step: that step begins an episode.
         self._fresh = np.zeros(self.num_envs, bool)
@@ -291,19 +298,27 @@ class VectorEnv(gym.vector.VectorEnv):
             raise RuntimeError(f"the vector environment {now} taking a step: call {missing} first")
 
     def _receive(self, command: str, members: Sequence[Local | Worker]) -> list[Any]:
-        """Return every member's reply or failure; raise what an environment raised, at the end."""
+        """Return every member's reply or failure; raise what an environment raised, at the end.
+
+        Before it raises, it ends the members that failed: a late reply would be taken for that to
+        the next request, which finds them gone and replaces them.
+        """
         deadline = time.monotonic() + self._timeout
         replies: list[Any] = []
         errors: list[Exception] = []
+        failed: list[Local | Worker] = []
         for member in members:
             try:
                 replies.append(member.receive(deadline))
             except FailureError as failure:
                 replies.append(failure)
+                failed.append(member)
             except Exception as error:
                 errors.append(error)
         self._stepping = False  # no reply is left over
         if errors:
+            for member in failed:
+                member.kill()
             raise errors[0]
         return replies
 

@@ -121,7 +121,12 @@ def evaluate_run(
     if file.exists() and not overwrite:
         raise UserError(f"'{file}' exists; use --overwrite, or another --name")
     children = spawn_seeds(seed)[1]
-    keywords = {**task, "split": split, "videos": videos or task["videos"], "seed": seed}
+    keywords = {
+        **task,
+        "split": split,
+        "videos": task["videos"] if videos is None else videos,
+        "seed": seed,
+    }
     num_envs = min(num_envs, episodes)
     media = media and task["observation"] != "state"  # a state needs no GL
     result: dict[str, Any] = {

@@ -72,6 +72,7 @@ class Pixels(gymnasium.Wrapper):
         self._rng = np.random.default_rng()
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)  # uint8 [3, size, size] each
         self._state = np.zeros(0, np.float32)
+        self._has_begun = False
         self.render_seconds = 0.0
         pixels = spaces.Box(0, 255, (3 * frame_stack, size, size), np.uint8)
         self.observation_space = {
@@ -93,6 +94,7 @@ class Pixels(gymnasium.Wrapper):
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode: `seed` determines simulator and appearance, without it both go on."""
         self._state, info = self.env.reset(seed=seed, options=options)
+        self._has_begun = True
         if seed is not None:
             self._rng = np.random.default_rng((seed, DISTRACTION_STREAM))
         if self.distraction is not None:
@@ -102,6 +104,7 @@ class Pixels(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Repeat `action` and sum the rewards; a success at any moment of it counts."""
+        self._check_begun()
         total, success = 0.0, 0.0
         for _ in range(self.action_repeat):
             self._state, reward, terminated, truncated, info = self.env.step(action)
@@ -124,6 +127,7 @@ class Pixels(gymnasium.Wrapper):
 
     def render(self) -> np.ndarray:
         """Return the current picture as the agent sees it, uint8 [size, size, 3]."""
+        self._check_begun()
         if self._frames:
             return np.ascontiguousarray(self._frames[-1].transpose(1, 2, 0))
         return self._picture()
@@ -154,6 +158,11 @@ class Pixels(gymnasium.Wrapper):
         self._frames.clear()
         self._frames.extend(state["frames"].copy())
         self._state = state["state"].copy()
+        self._has_begun = True
+
+    def _check_begun(self) -> None:
+        if not self._has_begun:
+            raise gymnasium.error.ResetNeeded("no episode has begun: call reset() first")
 
     def _look(self) -> Observation:
         """Render where the observation has pixels, stack, and return the observation."""

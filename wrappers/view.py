@@ -60,8 +60,9 @@ class View(Protocol):
     def colors(self) -> dict[str, np.ndarray]:
         """Return the scene's colors by slot, float64 [3] in [0, 1], as the simulator ships them.
 
-        Slots are `grid1`, `grid2` (the floor's two checker colors), `self` (the robot), `sky` and any
-        further ones that a simulator names; a scene without such a part lacks the slot.
+        Slots are `grid1`, `grid2` (the floor's two checker colors), `floor` and `walls` (of one color,
+        or the tint of a texture), `self` (the robot), `sky` and any further ones that a simulator
+        names; a scene without such a part lacks the slot.
         """
         ...
 

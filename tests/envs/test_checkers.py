@@ -60,6 +60,13 @@ def test_checkers_pass_under_distraction(id: str, distraction: str) -> None:
     check(envs.make(id, distraction=distraction, size=40, quality="fast", seed=0))
 
 
+@pytest.mark.parametrize(
+    "distraction", ["video_hard", pytest.param("color_hard", marks=pytest.mark.slow)]
+)
+def test_checkers_pass_on_gymnasiums_own_tasks_under_distraction(distraction: str) -> None:
+    check(envs.make("gym/HalfCheetah-v5", distraction=distraction, size=40, quality="fast", seed=0))
+
+
 @pytest.mark.parametrize("id", [*IDS[1:4], pytest.param("dmc/walker-walk", marks=slow)])
 def test_checkers_pass_on_states_but_for_their_limits(id: str) -> None:
     check(envs.make(id, observation="state", seed=0), *LIMITS)

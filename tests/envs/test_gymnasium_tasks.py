@@ -4,7 +4,9 @@ resume."""
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import CartPoleEnv
 
+import envs
 from envs.gymnasium_tasks import GymnasiumTask
 from envs.registry import list_ids
 from wrappers.errors import UserError
@@ -41,9 +43,17 @@ class OpaqueDiscrete(Opaque):
         return super().step(action)
 
 
+def drawn(render_mode: str | None = None) -> gymnasium.Env:
+    return CartPoleEnv(render_mode=render_mode)
+
+
+def undrawn() -> gymnasium.Env:
+    return CartPoleEnv()
+
+
 @pytest.fixture(autouse=True)
 def _own_tasks() -> None:
-    for task in (Opaque, OpaqueDiscrete):
+    for task in (Opaque, OpaqueDiscrete, drawn, undrawn):
         if f"{task.__name__}-v0" not in gymnasium.registry:
             gymnasium.register(f"{task.__name__}-v0", task)
 
@@ -186,6 +196,8 @@ def test_a_running_body_stays_in_the_picture() -> None:
         (lambda: GymnasiumTask("nowhere:Env-v0"), "needs a package.*nowhere"),
         (lambda: GymnasiumTask("Opaque-v0"), "action space MultiBinary.*expected a bounded Box"),
         (lambda: GymnasiumTask("LunarLander-v3"), "needs a package that is not installed"),
+        (lambda: GymnasiumTask("HalfCheetah-v3"), "gym/HalfCheetah-v3 needs .*another task or ver"),
+        (lambda: GymnasiumTask("phys2d/CartPole-v0"), "gym/phys2d/CartPole-v0 needs a package"),
         (lambda: GymnasiumTask("CartPole-v1").view(8, 8, camera="top"), "has one camera only"),
         (lambda: GymnasiumTask("HalfCheetah-v5").view(8, 8, camera="top"), "camera"),
         (lambda: GymnasiumTask("OpaqueDiscrete-v0").view(8, 8), "has no picture"),
@@ -202,3 +214,21 @@ def test_a_task_that_cannot_be_saved_exactly_says_so() -> None:
     env.reset()
     with pytest.raises(UserError, match="cannot be saved in mid-episode: its attribute 'world'"):
         env.get_state()
+
+
+def test_a_task_without_a_picture_is_made_where_none_is_asked_for() -> None:
+    for id in ("gym/OpaqueDiscrete-v0", "gym/undrawn-v0"):
+        env = envs.make(id, observation="state", seed=0)
+        env.reset()
+        env.step(0)
+        for asked in ({}, {"foreground_mask": True}, {"distraction": "video_hard"}):
+            with pytest.raises(UserError, match="has no picture; observe its state instead"):
+                envs.make(id, **{"observation": "state", **asked} if asked else {})
+    with pytest.raises(UserError, match="has one camera only"):
+        envs.make("gym/CartPole-v1", observation="state", camera="top")
+
+
+def test_a_function_that_makes_a_task_is_asked_for_pictures() -> None:
+    env = envs.make("gym/drawn-v0", size=24, quality="fast", seed=0)
+    assert env.reset()[0].shape == (9, 24, 24)
+    env.close()

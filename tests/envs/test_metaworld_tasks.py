@@ -138,6 +138,43 @@ def test_walls_and_floor_are_background_while_table_and_objects_stay() -> None:
     assert 0.2 < foreground.mean() < 0.6
 
 
+@pytest.mark.parametrize("quality", ["fast", "reference"])
+@pytest.mark.parametrize("task", ["drawer-open", "pick-place"])
+def test_a_video_covers_every_pixel_of_the_background(task: str, quality: str) -> None:
+    env = MetaWorldTask(task)
+    env.reset(seed=0)
+    view = env.view(84, 84, quality=quality)
+    coverage = view.render_layers(view.parts).coverage
+    # Without the walls, the sides of the table come out: 303 pixels here.
+    assert view.foreground()[coverage < 0.5].all()
+    assert (coverage[view.foreground()] < 0.5).mean() > 0.98
+    view.close()
+
+
+def test_a_camera_is_upright_whether_named_or_numbered() -> None:
+    env = MetaWorldTask("drawer-open")
+    env.reset(seed=0)
+    number = env._env.model.camera("corner2").id
+    views = [env.view(24, 24, camera, "fast") for camera in (None, "corner2", number, str(number))]
+    pictures = [view.render() for view in views]
+    for picture in pictures[1:]:
+        np.testing.assert_array_equal(picture, pictures[0])
+
+
+def test_floor_and_walls_can_be_tinted_and_nothing_else_changes() -> None:
+    env = MetaWorldTask("drawer-open")
+    env.reset(seed=0)
+    view = env.view(84, 84, quality="fast")
+    clean = view.render().astype(int)
+    for part in ("floor", "walls"):
+        view.set_colors({part: np.array([1.0, 0.0, 0.0])})
+        changed = (view.render() != clean).any(-1)
+        covered = view.render_layers(frozenset({part})).coverage == 1
+        assert changed[covered].mean() > 0.9
+        assert not changed[~covered].any()
+    view.close()
+
+
 def test_the_time_limit_truncates_and_stepping_on_is_refused() -> None:
     env = MetaWorldTask("reach", episode_length=3)
     with pytest.raises(gymnasium.error.ResetNeeded):

@@ -2,6 +2,7 @@
 imported early."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from envs.rendering import choose_backend
 from wrappers.errors import UserError
 
 FAMILIES = ("dmc/walker-walk", "metaworld/drawer-open", "gym/HalfCheetah-v5", "gym/CartPole-v1")
-ALL = (*FAMILIES, *(f"toy/{task}" for task in registry.TOY_TASKS))
+ALL = (*FAMILIES, *(f"toy/{task}" for task in registry.TOY_TASKS), "toy/reach-drift")
 SAMPLE = {*ALL, "dmc/reacher-easy", "metaworld/basketball", "gym/Pendulum-v1"}
 EVERY = [id if id in SAMPLE else pytest.param(id, marks=pytest.mark.slow) for id in envs.list_ids()]
 SMALL = {"size": 32, "quality": "fast"}
@@ -221,6 +222,7 @@ def test_gymnasium_makes_a_simulators_task() -> None:
             "action_repeat is 4, but",
         ),
         ({"distraction": "video_hard", "videos": "/no/such/folder"}, "/no/such/folder"),
+        ({"distraction": "video_hard", "videos": ""}, "no video folder ''; give a folder"),
     ],
 )
 def test_a_wrong_argument_is_told_in_one_line(arguments: dict, message: str) -> None:
@@ -291,6 +293,25 @@ def test_a_protocol_decides_what_make_makes() -> None:
     assert envs.make("dmc/cartpole-swingup", protocol="planet", quality="fast").action_repeat == 8
 
 
+def test_the_floor_of_reach_drift_moves() -> None:
+    lowest = {}
+    for id in ("toy/reach", "toy/reach-drift"):
+        env = envs.make(id, size=24, frame_stack=1, seed=0)
+        begun = env.reset()[0]
+        for _ in range(8):
+            seen = env.step(np.zeros(2))[0]
+        lowest[id] = (begun[:, -1] != seen[:, -1]).any()
+    assert lowest == {"toy/reach": False, "toy/reach-drift": True}
+
+
+def test_tasks_that_draw_themselves_need_no_gl() -> None:
+    code = "import envs; env = envs.make('gym/CartPole-v1', size=24, seed=0); print(env.reset()[0].shape)"
+    without = {**os.environ, "MUJOCO_GL": "disable"}
+    without.pop("SIGHTLINE_GL_RENDERER", None)
+    done = subprocess.run([sys.executable, "-c", code], env=without, capture_output=True, text=True)
+    assert done.stdout == "(9, 24, 24)\n", done.stderr
+
+
 class Third(envs.get_spec("toy/reach").build().__class__):
     """Someone else's task."""
 
@@ -330,6 +351,12 @@ def test_workers_know_tasks_that_were_registered_outside_of_them() -> None:
     env = envs.make_vec("mine/balance", 1, workers=1, observation="state", seed=0)
     assert env.reset()[0].shape == (1, 2)
     env.close()
+
+
+def test_the_seed_of_a_vector_environment_is_also_its_replacements() -> None:
+    seeded = [envs.make_vec("toy/reach", 1, observation="state", seed=seed) for seed in (1, 1, 2)]
+    entropies = [env.get_state()["entropy"] for env in seeded]
+    assert entropies == [1, 1, 2]
 
 
 @pytest.mark.parametrize(

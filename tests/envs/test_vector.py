@@ -91,6 +91,8 @@ class Counting(gym.Env):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "hang":
             signal.pause()
+        if self.trouble == "dawdle":
+            time.sleep(5)
         if self.trouble == "raise":
             raise ZeroDivisionError("the moon is full")
         if self.trouble == "user":
@@ -330,6 +332,33 @@ def test_errors_of_the_environment_come_with_their_traceback(workers: int) -> No
     envs.reset()  # no reply is left over in the pipes
     assert envs.worker_failures == 0
     envs.close()
+
+
+def test_an_error_does_not_leave_another_workers_late_reply_behind(tmp_path: Path) -> None:
+    troubles = [{"trouble": "raise", "at": 1}, {"trouble": "dawdle", "at": 1}]
+    factories = [functools.partial(Counting, **trouble) for trouble in troubles]
+    envs = VectorEnv(factories, workers=2, timeout=3.0)
+    envs.reset(seed=1)
+    with pytest.raises(WorkerError, match="the moon is full"):
+        roll(envs, 1)
+    with pytest.warns(UserWarning, match="worker 1 .* failed while another one raised"):
+        assert envs.get_attr("trouble") == ("raise", "dawdle")
+    assert envs.worker_failures == 1
+    envs.close()
+
+
+def test_a_replacement_begins_the_episode_that_the_seed_decides(tmp_path: Path) -> None:
+    def begun(seed: int) -> float:
+        once = str(tmp_path / f"struck-{len(list(tmp_path.iterdir()))}")
+        factories = [functools.partial(Counting, trouble="die", at=1, once=once)]
+        envs = VectorEnv(factories, workers=1, seed=seed)
+        envs.reset()
+        with pytest.warns(UserWarning, match="replaced"):
+            (seen, *_), *_ = roll(envs, 1)
+        envs.close()
+        return float(seen["state"][0, 1])
+
+    assert begun(7) == begun(7) != begun(8)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

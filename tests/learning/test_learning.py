@@ -3,8 +3,6 @@
 A random policy scores 12.7, one that stays in the middle 14.1, the best script 23.9.
 """
 
-from functools import cache
-
 import pytest
 
 from agents import AGENTS
@@ -14,16 +12,14 @@ from tests.learning.training import score, train
 STEPS = 1200
 LEARNED = 17.0
 NOT_LEARNED = 15.5
-ROBUST = 17.8
-"""Under video_hard: DrQ falls to 14.9 (seed 0) where SVEA keeps 19.4 and SGQN 20.5."""
+ROBUST = 17.5
+"""Under video_hard, without the shift that helps by itself: SVEA 18.8, SGQN 19.4; without their terms 13.4, 15.9."""
 
 METHODS = {
     "svea": {"svea_alpha": 1.0, "svea_beta": 0.0},
     "sgqn": {"consistency_weight": 0.0, "auxiliary_every": 10**9},
 }
 """Each method with the settings that remove its own terms."""
-
-trained = cache(train)
 
 
 @pytest.mark.parametrize("name", ["sac", "ddpg"])
@@ -34,7 +30,7 @@ def test_agents_learn_from_a_state(name):
 
 @pytest.mark.parametrize("name", sorted(AGENTS))
 def test_agents_learn_from_pixels(name):
-    assert score(trained(name, steps=STEPS)) > LEARNED
+    assert score(train(name, steps=STEPS)) > LEARNED
 
 
 @pytest.mark.parametrize("name", ["sac", "ddpg"])
@@ -53,12 +49,13 @@ def test_an_actor_with_the_wrong_sign_does_not_learn(name, module, monkeypatch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_keep_acting_before_videos_that_they_never_saw(name):
-    assert score(trained(name, steps=STEPS), distraction="video_hard") > ROBUST
+    agent = train(name, steps=STEPS, augmentation="none")
+    assert score(agent, distraction="video_hard") > ROBUST
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_without_their_own_terms_they_do_not(name):
-    agent = train(name, steps=STEPS, **METHODS[name])
+    agent = train(name, steps=STEPS, augmentation="none", **METHODS[name])
     assert score(agent, distraction="video_hard") < ROBUST
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wrappers.distraction import folder as folder_module
 from wrappers.distraction.base import SPLITS
 from wrappers.distraction.folder import FrameSequence, VideoFolder, split_names
 from wrappers.errors import UserError
@@ -144,11 +145,50 @@ def test_a_damaged_download_is_named_before_anything_runs(tmp_path: Path, damage
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["clip.webm", "clip.mp4", "picture.jpg"])
-def test_what_cannot_be_decoded_is_named_in_one_line(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("damage", [b"", b"nonsense"])
+@pytest.mark.parametrize(
+    "name", ["clip.webm", "clip.gif", "clip.avi", "still.jpg", "film/0.png", "film/0.webp"]
+)
+def test_a_file_that_cannot_be_read_is_named_before_anything_runs(
+    tmp_path: Path, name: str, damage: bytes
+) -> None:
+    write_image(tmp_path / "film" / "1.png", (0, 0, 0))
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(UserError, match=rf"cannot read '.*{name}': .+; repair the file") as error:
+        VideoFolder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_frame_in_the_middle_of_a_film_is_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "film" / "0.png", (0, 0, 0))
+    (tmp_path / "film" / "1.png").touch()
+    with pytest.raises(UserError, match=r"cannot read '.*1\.png': it is empty"):
+        VideoFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "film/1.png", "clip.webm"])
+def test_what_is_found_broken_only_when_decoded_is_named_in_one_line(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "MAX_PROBED", 0)  # too many files to look into each
+    write_image(tmp_path / "film" / "0.png", (0, 0, 0))
     box = (16).to_bytes(4, "big") + b"moov" + bytes(8)  # passes for an mp4 until it is decoded
     (tmp_path / name).write_bytes(box if name.endswith("mp4") else b"nonsense")
     folder = VideoFolder(tmp_path)
+    video = "film" if name.startswith("film") else name
     with pytest.raises(UserError, match=rf"cannot read '.*{name}': .+; repair the file") as error:
-        folder.open(name, 8, 8)
+        folder.open(video, 8, 8)
     assert "\n" not in str(error.value)
+
+
+def test_a_decoder_that_hangs_is_ended_and_the_file_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "clip.mp4")
+    decoder = tmp_path / "ffmpeg"
+    decoder.write_text("#!/bin/sh\nexec sleep 60\n")
+    decoder.chmod(0o755)
+    monkeypatch.setattr(folder_module.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(decoder))
+    monkeypatch.setattr(folder_module, "DECODE_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"cannot read '.*clip\.mp4': decoding took over 0\.2 s"):
+        VideoFolder(tmp_path).open("clip.mp4", 8, 8)

@@ -216,3 +216,15 @@ def test_gymnasiums_checker_passes(task: type, distraction: str | None, observat
         task(), observation=observation, size=24, distraction=make_distraction(distraction)
     )
     check_env(env, skip_render_check=True)
+
+
+@pytest.mark.parametrize("distraction", [None, "video_hard", "color_hard"])
+def test_nothing_is_shown_or_done_before_the_first_reset(distraction: str | None) -> None:
+    env = make("reach", distraction)
+    for call in (env.render, lambda: env.step(np.zeros(2))):
+        with pytest.raises(gymnasium.error.ResetNeeded, match=r"call reset\(\) first"):
+            call()
+    begun = make("reach", distraction)
+    begun.reset(seed=0)
+    env.set_state(begun.get_state())  # as good as a reset
+    assert (env.render() == begun.render()).all()

@@ -1,9 +1,11 @@
 """Distractions by name."""
 
 import doctest
+import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from wrappers.distraction import presets
 from wrappers.distraction.color import RandomColors
@@ -33,13 +35,34 @@ def test_names_mean_what_the_benchmark_calls_them() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*too few to keep")
 def test_a_folder_replaces_generated_videos_only_where_videos_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "clip.gif").write_bytes(b"anything")
+    Image.new("RGB", (8, 8)).save(tmp_path / "still.png")
     video = make_distraction("video_easy", videos=tmp_path)
     assert isinstance(video, VideoBackground)
     assert isinstance(video.source, VideoFolder)
     make_distraction("color_hard", videos=tmp_path / "missing")
     with pytest.raises(UserError, match="no video folder"):
         make_distraction("video_hard", videos=tmp_path / "missing")
+
+
+@pytest.mark.filterwarnings("ignore:.*too few to keep")
+def test_environments_of_a_process_share_a_folder_until_it_changes(tmp_path: Path) -> None:
+    def source() -> VideoFolder:
+        distraction = make_distraction("video_hard", videos=str(tmp_path))
+        assert isinstance(distraction, VideoBackground)
+        assert isinstance(distraction.source, VideoFolder)
+        return distraction.source
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "first.png")
+    before = source()
+    assert source() is before
+    Image.new("RGB", (8, 8)).save(tmp_path / "second.png")
+    os.utime(tmp_path, ns=(0, 0))  # clocks of file systems may be coarse
+    assert source().names("train") == ["first.png", "second.png"]
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    with pytest.raises(UserError, match="no video folder ''"):
+        make_distraction("video_hard", videos="")
 
 
 def test_wrong_names_get_the_nearest() -> None:

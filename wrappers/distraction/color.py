@@ -6,7 +6,9 @@ every channel is the simulator's default plus a draw from N(0, 0.10) (easy) or N
 clipped to [0, 1], and the floor's second color follows its first.
 
 Differences: a new set in every episode instead of one of 100, and sets of a split that no other
-split can draw (DMC-GB selects and tests on the same 100).
+split can draw (DMC-GB selects and tests on the same 100). Scenes that DMC-GB does not have get the
+same change of what they have: a floor or walls with a picture on them are tinted, which can only
+darken a picture that is shown as it is.
 """
 
 from __future__ import annotations

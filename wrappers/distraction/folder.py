@@ -12,6 +12,7 @@ import subprocess
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -21,7 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from wrappers.distraction.base import SPLITS, Split
 from wrappers.errors import UserError
 
-VIDEO_FILES = frozenset((".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".gif"))
+MP4_FILES = frozenset((".mp4", ".m4v", ".mov"))
+VIDEO_FILES = MP4_FILES | {".avi", ".webm", ".mkv", ".gif"}
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
 
 MAX_FRAMES = 1000
@@ -29,6 +31,12 @@ MAX_FRAMES = 1000
 
 SHARES = (0.6, 0.2, 0.2)
 """Parts of the videos that go to train, validation and test."""
+
+MAX_PROBED = 50
+"""Video files whose kind tells nothing up front: up to so many are opened, 0.05 s each."""
+
+DECODE_SECONDS = 120.0
+"""For one video: 1000 frames of 1080p take 12 s on one core."""
 
 
 class FrameSequence:
@@ -57,12 +65,13 @@ class VideoFolder:
 
     def __init__(self, folder: str | Path, max_bytes: int = 256 * 2**20) -> None:
         self.folder = Path(folder).expanduser()
-        if not self.folder.is_dir():
+        if not str(folder) or not self.folder.is_dir():
             raise UserError(f"no video folder '{folder}'; give a folder of videos or images")
         self._files = dict(sorted(_find_videos(self.folder)))
         if not self._files:
             known = " ".join(sorted(VIDEO_FILES | IMAGE_FILES))
             raise UserError(f"no videos in '{folder}'; expected files of the kinds {known}")
+        _check_files(list(self._files.values()))
         self._names = split_names(list(self._files))
         if len(self._files) < len(SPLITS):
             warnings.warn(
@@ -127,9 +136,9 @@ def _find_videos(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         kind = path.suffix.lower()
         if path.name.startswith(".") or not path.is_file():
             continue
+        if kind in VIDEO_FILES | IMAGE_FILES and not _is_whole(path):
+            raise _broken(path, "it is empty or cut off")
         if kind in VIDEO_FILES:
-            if not _is_whole(path):
-                raise _broken(path, "it is empty or cut off")
             yield path.relative_to(folder).as_posix(), [path]
         elif kind in IMAGE_FILES:
             is_loose = path.parent == folder
@@ -139,13 +148,13 @@ def _find_videos(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Tell whether a video file can be one, from a few bytes: finds what downloads leave behind.
+    """Tell whether a file can be what it is called, from a few bytes: finds broken downloads.
 
     The mp4 family is a row of boxes, each led by its length; a file that was cut off lacks the end
     of one, and without `moov` nothing can be decoded. Of other kinds only emptiness is found here.
     """
     size = path.stat().st_size
-    if path.suffix.lower() not in (".mp4", ".m4v", ".mov"):
+    if path.suffix.lower() not in MP4_FILES:
         return size > 0
     place, kinds = 0, set()
     with path.open("rb") as file:
@@ -166,14 +175,37 @@ def _is_whole(path: Path) -> bool:
     return place == size and b"moov" in kinds
 
 
-def _decode_video(files: list[Path], height: int, width: int) -> np.ndarray:
+def _check_files(videos: list[list[Path]]) -> None:
+    """Look into what `_is_whole` cannot judge: a frame per folder, and videos that are few.
+
+    Raises:
+        UserError: names the first file that cannot be read.
+    """
+    firsts = [files[0] for files in videos]
+    probed = [path for path in firsts if path.suffix.lower() in VIDEO_FILES - MP4_FILES]
+    for path in probed if len(probed) <= MAX_PROBED else ():
+        _decode_video([path], 8, 8, max_frames=1)
+    for path in firsts:
+        if path.suffix.lower() in IMAGE_FILES:
+            with _naming(path), Image.open(path) as image:
+                image.verify()
+
+
+def _decode_video(
+    files: list[Path], height: int, width: int, max_frames: int = MAX_FRAMES
+) -> np.ndarray:
     """Return the video's frames, uint8 [T, H, W, 3]; ffmpeg crops and averages while it decodes."""
     crop = f"crop='min(iw,ih*{width}/{height})':'min(ih,iw*{height}/{width})'"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(files[0])]
-    command += ["-vf", f"{crop},scale={width}:{height}:flags=area", "-frames:v", str(MAX_FRAMES)]
+    command += ["-vf", f"{crop},scale={width}:{height}:flags=area", "-frames:v", str(max_frames)]
     # passthrough: every frame of the file once, whatever its clock says.
     command += ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    try:
+        run = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DECODE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise _broken(files[0], f"decoding took over {DECODE_SECONDS:g} s") from None
     frames = np.frombuffer(run.stdout, np.uint8)
     if run.returncode != 0 or frames.size == 0:
         lines = run.stderr.decode(errors="replace").strip().splitlines()
@@ -185,20 +217,23 @@ def _decode_images(files: list[Path], height: int, width: int) -> np.ndarray:
     """Return images as frames, uint8 [T, H, W, 3]."""
     frames = np.empty((min(len(files), MAX_FRAMES), height, width, 3), np.uint8)
     for frame, path in zip(frames, files, strict=False):
-        try:
-            with Image.open(path) as image:
-                image.draft(
-                    "RGB", (2 * width, 2 * height)
-                )  # JPEG decodes faster at lower resolution
-                across = min(image.width, image.height * width / height)
-                down = min(image.height, image.width * height / width)
-                left, top = (image.width - across) / 2, (image.height - down) / 2
-                box = (left, top, left + across, top + down)
-                rgb = image.convert("RGB").resize((width, height), Image.Resampling.BOX, box)
-                frame[:] = np.asarray(rgb)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise _broken(path, str(error)) from error
+        with _naming(path), Image.open(path) as image:
+            image.draft("RGB", (2 * width, 2 * height))  # JPEG decodes faster at lower resolution
+            across = min(image.width, image.height * width / height)
+            down = min(image.height, image.width * height / width)
+            left, top = (image.width - across) / 2, (image.height - down) / 2
+            box = (left, top, left + across, top + down)
+            rgb = image.convert("RGB").resize((width, height), Image.Resampling.BOX, box)
+            frame[:] = np.asarray(rgb)
     return frames
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise _broken(path, str(error)) from error
 
 
 def _broken(path: Path, why: str) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,20 @@ Videos = str | Path | None
 
 
 def _source(videos: Videos) -> VideoSource:
-    return VideoFolder(videos) if videos else ProceduralVideos()
+    if videos is None:
+        return ProceduralVideos()
+    folder = Path(videos).expanduser()
+    changed = folder.stat().st_mtime_ns if folder.is_dir() else 0
+    return _shared_folder(videos, folder.resolve(), changed)
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_folder(videos: str | Path, folder: Path, changed: int) -> VideoFolder:
+    """Return the source that all environments of this process share, decoded videos included.
+
+    The last two arguments are for the cache only: the same name may come to mean other files.
+    """
+    return VideoFolder(videos)
 
 
 PRESETS: dict[str, Callable[[Split, Videos], Distraction]] = {
