@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import envs
 from agents import AGENTS
 from agents.core.errors import UserError
@@ -65,7 +63,10 @@ def parser(agent: str) -> Parser:
     p.add_argument("--seed", type=int, help="of everything; none draws one and says which")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     p.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of the learner [torch's own]"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of the learner [torch's own or 1, whichever is faster when the run starts]",
     )
     p.add_argument("--run-dir", type=Path, metavar="DIR",
                    help="where the run is kept [runs/<task>/<agent>-seed<seed>]")  # fmt: skip
@@ -92,10 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given["list"]:
         print("\n".join(envs.list_ids()))
         return 0
-    if given["threads"] is not None:
-        if given["threads"] < 1:
-            raise UserError(f"--threads is {given['threads']}; give a positive number")
-        torch.set_num_threads(given["threads"])
+    if given["threads"] is not None and given["threads"] < 1:
+        raise UserError(f"--threads is {given['threads']}; give a positive number")
     if given["resume"]:
         run, config = resumed_config(given, sys.argv[1:] if argv is None else list(argv))
     else:
@@ -135,6 +134,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         "train": {**to_dict(loop), "num_envs": vector.num_envs, "seed": seed},
         "configs": {type(config).__name__: to_dict(config) for config in configs},
         "device": device,
+        "threads": given["threads"],
         "replay_storage": given["replay_storage"],
         "preset": given["preset"],
     }
@@ -161,6 +161,7 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     config["device"] = check_device(
         config["device"] if given["device"] == "auto" else given["device"]
     )
+    config["threads"] = given["threads"] or config.get("threads")
     config["train"] |= {name: given[name] for name in RESUMABLE if name in given}
     return run, config
 
@@ -186,8 +187,8 @@ def train(run: Path, config: dict[str, Any], *, resume: bool = False) -> None:
                 f"{session.settings.steps:,} agent steps; give more --steps to go on"
             )
             return
-        if resume:  # before training: what was asked for holds after a kill too
-            write_json(run / "config.json", config)
+        session.settle_threads()
+        write_json(run / "config.json", config)  # before training: it holds after a kill too
         print(session.estimate())
         with stop_on_signal() as stopped:
             session.train(stopped)
