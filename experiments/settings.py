@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_every": 1,
         "decoder_channels": (32, 16),
         "replay_capacity": 100_000,
-        "steps": 10_000,
+        "steps": 15_000,
         "random_steps": 500,
         "eval_every": 2_500,
         "checkpoint_every": 2_500,
