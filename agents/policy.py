@@ -53,10 +53,11 @@ class Policy:
             device: where to act.
 
         Raises:
-            UserError: no run or checkpoint there, or it does not fit its config.
+            UserError: no run or checkpoint there, or it does not fit its config: another agent,
+                task or observation, or other sizes.
         """
         config = read_config(run)
-        store = CheckpointStore(Path(run))
+        store = CheckpointStore(Path(run), identity=run_identity(config))
         parts = store.load(None if checkpoint == "latest" else checkpoint)
         spec = find(config["agent"])
         configs = [from_dict(type(c), config["configs"][type(c).__name__]) for c in spec.configs]
@@ -110,6 +111,12 @@ def read_config(run: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not config.keys() >= REQUIRED:
         raise UserError(f"'{file}' is no run's config; give a folder that training wrote")
     return config
+
+
+def run_identity(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a run's checkpoints are of: agent, task and kind of observation."""
+    task = config["env"]
+    return {"agent": config["agent"], "env": task["id"], "observation": task["observation"]}
 
 
 def space_to_json(space: gym.Space) -> dict[str, Any]:

@@ -68,15 +68,16 @@ class MujocoView:
         """Render without the `hidden` parts and tell where they would have been.
 
         Where no pixel is mixed of two things, coverage is the same drawing's far plane. Behind
-        walls there may be more than sky (the sides of Meta-World's table): what hiding them
-        uncovers is taken for hidden too, at the price of one more drawing (Meta-World: 5.7 ms of
-        CPU without it, 10.5 with it).
+        walls and below the floor there may be more than sky (the sides of Meta-World's table, the
+        lower halves of the rims around gym/Reacher's arena): what hiding them uncovers is taken for
+        hidden too, at the price of one more drawing (Meta-World: 5.7 ms of CPU without it, 10.5
+        with it).
         """
         if "sky" not in hidden:
             rgb = self._upright(self._scene(hidden).draw())
             return Layers(rgb, self._shown_parts(hidden).astype(np.float32))
         layers = self._layers_before_the_far_plane(hidden)
-        if "walls" in hidden and self._scenery.geoms.get("walls"):
+        if any(self._scenery.geoms.get(part) for part in hidden):
             # Not where coverage is above one half: silhouettes stay soft.
             layers.coverage[self._shown_parts(hidden) & (layers.coverage < 0.5)] = 1
         return layers

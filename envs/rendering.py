@@ -113,7 +113,8 @@ def resolve_quality(quality: str) -> Quality:
 
     Call it before the first import of a simulator: a fast frame is so small that llvmpipe's threads
     cost more than they bring (walker 0.44 ms with them, 0.35 without), and their number is read when
-    GL is loaded.
+    GL is loaded. So the quality that is asked for first decides for its process: where it is
+    `reference`, which they speed up, they stay on.
     """
     if quality not in ("auto", "reference", "fast"):
         raise UserError.unknown("quality", quality, ("auto", "reference", "fast"))

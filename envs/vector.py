@@ -16,6 +16,7 @@ episode ended with, `infos["episode"]` its return `r` and length `l`.
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Sequence
@@ -75,10 +76,11 @@ class VectorEnv(gym.vector.VectorEnv):
         self.num_envs = len(factories)
         self.worker_failures = 0
         self._timeout = timeout
-        parts = np.array_split(np.arange(self.num_envs), min(workers, self.num_envs) or 1)
+        workers = min(workers, self.num_envs)
+        build = functools.partial(Worker, workers=workers, timeout=timeout) if workers else Local
+        parts = np.array_split(np.arange(self.num_envs), workers or 1)
         self._members = [
-            (Worker if workers else Local)([factories[i] for i in envs], i, envs, timeout)
-            for i, envs in enumerate(parts)
+            build([factories[i] for i in envs], i, envs) for i, envs in enumerate(parts)
         ]
         self._memory = Memory()
         self._stepping = False

@@ -181,10 +181,11 @@ def serve(connection: Connection, factories: bytes, environment: dict[str, str])
     Args:
         connection: requests `(command, arguments)` come in, `(error or None, result)` goes out.
         factories: pickled, because they must not be imported before `environment` holds.
-        environment: variables of the parent; the fork server's may be older.
+        environment: all variables; the fork server's are those of its first worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then closes us
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ.clear()
     os.environ.update(environment)
     group: list[Group] = []
     with suppress(EOFError, ConnectionError):

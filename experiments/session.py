@@ -20,7 +20,7 @@ from agents.core.loops import Hooks, LoopSettings, OffPolicyLoop
 from agents.core.replay import Batch, Replay
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import from_dict
-from agents.policy import space_to_json
+from agents.policy import run_identity, space_to_json
 from agents.registry import find
 from experiments.evaluate import enlarge
 from experiments.rollouts import run_episodes
@@ -67,7 +67,9 @@ class Session:
             seed=seeds["replay"],
         )
         self.agent = self.make_agent(seeds["agent"])
-        self.checkpoints = CheckpointStore(self.run, keep=self.settings.keep_checkpoints)
+        self.checkpoints = CheckpointStore(
+            self.run, keep=self.settings.keep_checkpoints, identity=run_identity(config)
+        )
         # A run that was killed before its first checkpoint begins again.
         goes_on = resume and self.checkpoints.latest() is not None
         parts = self.checkpoints.load(replay=self.replay) if goes_on else None
@@ -87,6 +89,7 @@ class Session:
         if parts:
             self.loop.resume(parts)
         else:
+            self.loop.begin()
             config["spaces"] = {
                 "observation": space_to_json(space),
                 "action": space_to_json(self.envs.single_action_space),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 import envs
-from envs.rendering import choose_backend, gl_renderer, resolve_quality
-from experiments.speed_timing import Table, interleave, rates
+from envs.rendering import Quality, choose_backend, gl_renderer, resolve_quality
+from experiments.speed_timing import Elsewhere, Table, interleave, rates, serve
 
 SIZE = 84
 RENDERED = (
@@ -50,31 +51,35 @@ def rendering(seconds: float, tasks: Sequence[str] = RENDERED) -> list[Table]:
             "as shipped",
             "reference",
             "fast",
+            "bare",
             "reference / shipped",
             "fast / shipped",
-            "bare",
+            "both in one process",
         ],
-        f"Drawn by {gl_renderer()}. As shipped: `physics.render`, Meta-World's and Gymnasium's `env.render`. Bare is "
-        "the floor of fast: mjr_render and mjr_readPixels on a scene that is already there. llvmpipe's own threads are "
-        "off for all three (LP_NUM_THREADS=0), which suits `fast` and not the shipped renderers: on two idle cores "
-        "these drew 1.3 (dm_control) and 1.6 (Meta-World) times more frames with them. Divide fast / shipped by that.",
+        f"Drawn by {gl_renderer()}. As shipped: `physics.render`, Meta-World's and Gymnasium's `env.render`, in a "
+        "process of their own with llvmpipe's threads on, as their users get them; so is reference. Fast has them off "
+        "(LP_NUM_THREADS=0), which is a matter of the process; the last column is fast / shipped with all of it in the "
+        "shipped renderer's. Processes take turns, one draws at a time. Bare is the floor of fast: mjr_render and "
+        "mjr_readPixels on a scene that is already there.",
     )
     for task in tasks:
-        scene = _SCENES[task.partition("/")[0]](task)
-        with closing(scene):
-            measured = _frames_per_second(scene, seconds)
-        shipped = measured["shipped"]
-        table.rows.append(
-            [
-                task,
-                shipped,
-                measured["reference"],
-                measured["fast"],
-                measured["reference"] / shipped,
-                measured["fast"] / shipped,
-                measured["bare"],
-            ]
-        )
+        with ExitStack() as stack:
+            peer = Elsewhere(__spec__.name, task, without=["LP_NUM_THREADS"])
+            stack.enter_context(closing(peer))
+            calls = _drawing_calls(task, stack)
+            fps = rates(
+                {
+                    "shipped": peer.calls["shipped"],
+                    "reference": peer.calls["reference"],
+                    "fast": calls["fast"],
+                    "bare": calls["bare"],
+                    "fast there": peer.calls["fast"],
+                },
+                seconds,
+            )
+        fast_there, shipped = fps.pop("fast there"), fps["shipped"]
+        ratios = [fps["reference"] / shipped, fps["fast"] / shipped, fast_there / shipped]
+        table.rows.append([task, *fps.values(), *ratios])
     families = dict.fromkeys(task.partition("/")[0] for task in tasks)
     for family in families:
         rows = [row for row in table.rows if str(row[0]).startswith(family + "/")]
@@ -83,29 +88,36 @@ def rendering(seconds: float, tasks: Sequence[str] = RENDERED) -> list[Table]:
     return [table]
 
 
-def _frames_per_second(scene: Scene, seconds: float) -> dict[str, float]:
+def _drawing_calls(task: str, stack: ExitStack) -> dict[str, Callable[[], object]]:
+    """Return every way to draw one scene; the stack closes them."""
     import mujoco
 
     from envs.mujoco_view import MujocoView
     from envs.rendering import Renderer
 
+    scene = stack.enter_context(closing(_SCENES[task.partition("/")[0]](task)))
     camera = mujoco.MjvCamera()
     camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED.value, scene.camera
+    calls: dict[str, Callable[[], object]] = {"shipped": scene.shipped}
+    for quality in get_args(Quality):
+        view = MujocoView(
+            lambda: (scene.model, scene.data),
+            height=SIZE,
+            width=SIZE,
+            camera=scene.camera,
+            quality=quality,
+        )
+        calls[quality] = stack.enter_context(closing(view)).render
+    bare = stack.enter_context(closing(Renderer(scene.model, SIZE, SIZE, quality="fast")))
+    bare.update(scene.data, camera)
+    return calls | {"bare": bare.draw}
+
+
+def _serve_drawing(task: str) -> None:
+    """Draw a task's scene when asked to on standard input; see `Elsewhere`."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # simulators may print
     with ExitStack() as stack:
-        calls: dict[str, Callable[[], object]] = {"shipped": scene.shipped}
-        for quality in ("reference", "fast"):
-            view = MujocoView(
-                lambda: (scene.model, scene.data),
-                height=SIZE,
-                width=SIZE,
-                camera=scene.camera,
-                quality=quality,
-            )
-            calls[quality] = stack.enter_context(closing(view)).render
-        bare = stack.enter_context(closing(Renderer(scene.model, SIZE, SIZE, quality="fast")))
-        bare.update(scene.data, camera)
-        calls["bare"] = bare.draw
-        return rates(calls, seconds)
+        serve(_drawing_calls(task, stack), sys.stdin, answers)
 
 
 def _dm_control(task: str) -> Scene:
@@ -217,3 +229,7 @@ def _step(vector: Any) -> Callable[[], object]:
     vector.action_space.seed(0)
     actions = itertools.cycle([vector.action_space.sample() for _ in range(64)])
     return lambda: vector.step(next(actions))
+
+
+if __name__ == "__main__":
+    _serve_drawing(sys.argv[1])

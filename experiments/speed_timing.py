@@ -1,11 +1,16 @@
-"""How the speed tables measure: everything that is compared takes turns in one process."""
+"""How the speed tables measure: everything that is compared takes turns, of whichever process it is."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TextIO
 
 Cell = str | float
 
@@ -43,7 +48,7 @@ def interleave(
     """Return the median seconds that each call takes.
 
     A B A B instead of A A B B: what else runs on the machine then slows all of them alike, so that their ratios hold
-    where the times do not.
+    where the times do not. So it is with the calls of an `Elsewhere`: its process sleeps while others have their turn.
 
     Args:
         calls: by name; each is called twice before the clock runs.
@@ -68,7 +73,81 @@ def rates(
     return {name: per_call / time for name, time in interleave(calls, seconds).items()}
 
 
+class Elsewhere:
+    """Another Python process whose calls are timed there, by its own clock, when it is their turn here.
+
+    Args:
+        module: run as `python -m module *arguments`; it must call `serve`.
+        arguments: of its command line.
+        without: environment variables of this process that it shall not have.
+
+    Attributes:
+        calls: what it serves, by name, for `interleave`.
+    """
+
+    def __init__(self, module: str, *arguments: str, without: Sequence[str] = ()) -> None:
+        environment = {name: value for name, value in os.environ.items() if name not in without}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        self._command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+        self._process = subprocess.Popen(
+            self._command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self.calls = {name: RemoteCall(self, name) for name in self._answer().split()}
+
+    def seconds(self, name: str, repeats: int) -> float:
+        """Return how long one call took there, of `repeats` in a row."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # told when its answer is read
+            self._process.stdin.write(f"{name} {repeats}\n")
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            command = " ".join(self._command)
+            raise RuntimeError(f"'{command}' ended with exit code {self._process.wait()}")
+        return line
+
+    def close(self) -> None:
+        """End the process: it sees that nobody will ask again."""
+        self._process.communicate()
+
+
+@dataclass(frozen=True)
+class RemoteCall:
+    """One of an `Elsewhere`'s calls."""
+
+    process: Elsewhere
+    name: str
+
+    def __call__(self) -> None:
+        """Call it once."""
+        self.process.seconds(self.name, 1)
+
+
+def serve(calls: Mapping[str, Callable[[], object]], requests: TextIO, answers: TextIO) -> None:
+    """Be the other side of an `Elsewhere` until it closes: names first, then a time for each request.
+
+    Args:
+        calls: what may be asked for.
+        requests: lines `name repeats`.
+        answers: gets the names, then the seconds per call of each request.
+    """
+    print(*calls, file=answers, flush=True)
+    for request in requests:
+        name, repeats = request.split()
+        print(_seconds(calls[name], int(repeats), lambda: None), file=answers, flush=True)
+
+
 def _seconds(call: Callable[[], object], repeats: int, finish: Callable[[], object]) -> float:
+    if isinstance(call, RemoteCall):
+        return call.process.seconds(call.name, repeats)
     start = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -11,6 +11,10 @@ The replay grows by what was added since the last checkpoint: each one writes on
 segments, and lists all the segments that it needs. Rows that `Replay.write` changed after their
 segment was written, the newest row of each environment and the generator travel in the checkpoint.
 Segments that no checkpoint lists any more go after the new checkpoint is in place.
+
+The manifest names whose checkpoint it is (agent, task, observation), and another's is refused:
+names and shapes of tensors alone would let the weights of `sac` into `drq`. Checkpoints from before
+the manifest did so are taken for what the run's config says they are.
 """
 
 from __future__ import annotations
@@ -60,15 +64,20 @@ class CheckpointStore:
     Args:
         run_dir: the run's folder; it is made by the first save.
         keep: how many checkpoints to keep, besides the best.
+        identity: what the checkpoints are of, such as {"agent": "drq", "env": "toy/reach"}: written
+            into every one, and those of another identity are not loaded.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int = 2) -> None:
+    def __init__(
+        self, run_dir: str | Path, keep: int = 2, *, identity: Mapping[str, str] | None = None
+    ) -> None:
         if keep < 1:
             raise UserError(f"cannot keep {keep} checkpoints; keep at least 1")
         self.keep = keep
+        self.identity = dict(identity or {})
         self.folder = Path(run_dir) / "checkpoints"
         self.replay_folder = Path(run_dir) / "replay"
-        self._damaged: set[str] = set()
+        self._damaged: set[int] = set()  # steps
         # What the segments on disk hold, of which replay: rows below `_closed` of each environment.
         self._replay: Replay | None = None
         self._closed = np.zeros(0, np.int64)
@@ -108,6 +117,7 @@ class CheckpointStore:
         if replay is not None:
             replay.forget_written(new_ids)
             self._replay, self._closed, self._segments = replay, closed, segments
+        self._damaged.discard(step)  # it was replaced by a whole one
         self._prune(step)
         return self.folder / name
 
@@ -130,7 +140,12 @@ class CheckpointStore:
                 if not part.isidentifier() or part in ("replay", "manifest"):
                     raise ValueError(f"'{part}' cannot name a part of a checkpoint")
                 save_tree(folder, part, tree)
-            manifest = {"schema": SCHEMA, "step": step, "parts": list(parts)}
+            manifest = {
+                "schema": SCHEMA,
+                "step": step,
+                "identity": self.identity,
+                "parts": list(parts),
+            }
             yield folder, manifest
             # JSON files hold their tensors' checksums; the manifest holds theirs.
             stamps = {file.name: _stamp(file.read_bytes()) for file in folder.glob("*.json")}
@@ -174,7 +189,7 @@ class CheckpointStore:
         """Delete old, damaged and abandoned checkpoints, then segments that none lists."""
         good: dict[Path, set[str]] = {}
         for folder in self._folders():
-            if _step_of(folder) <= step and folder.name not in self._damaged:
+            if _step_of(folder) <= step and _step_of(folder) not in self._damaged:
                 with suppress(DamagedFileError):
                     segments = read_json(folder / "manifest.json").get("segments", [])
                     good[folder] = {segment["file"] for segment in segments}
@@ -207,7 +222,7 @@ class CheckpointStore:
 
         Raises:
             DamagedFileError: when no whole checkpoint was found.
-            UserError: when there is none, or the replay is of other settings.
+            UserError: when there is none, it is another agent's, or the replay is of other settings.
         """
         if which is not None:
             return self._load(self._find(which), replay)
@@ -218,7 +233,7 @@ class CheckpointStore:
             try:
                 return self._load(folder, replay)
             except DamagedFileError as error:
-                self._damaged.add(folder.name)
+                self._damaged.add(_step_of(folder))
                 if before is None:
                     raise
                 warnings.warn(f"{error}; falling back to {before.name}", stacklevel=2)
@@ -245,7 +260,19 @@ class CheckpointStore:
         manifest = read_json(folder / "manifest.json")
         for name, stamp in manifest["files"].items():
             read_file(folder / name, **stamp)
+        self._check_identity(folder, manifest.get("identity", {}))
         return manifest
+
+    def _check_identity(self, folder: Path, saved: Mapping[str, str]) -> None:
+        """Refuse a checkpoint of something else; what only one side names is not compared."""
+        names = [name for name in self.identity if name in saved]
+        if different := [name for name in names if saved[name] != self.identity[name]]:
+            theirs = ", ".join(f"{name} '{saved[name]}'" for name in different)
+            ours = ", ".join(f"{name} '{self.identity[name]}'" for name in different)
+            raise UserError(
+                f"checkpoint '{folder}' was saved with {theirs}, and this run is of {ours}; give a "
+                "checkpoint of this run, or put back the config.json that it was trained with"
+            )
 
     def _find(self, which: int | str | Path) -> Path:
         if isinstance(which, int):

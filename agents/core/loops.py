@@ -7,6 +7,7 @@ the learner learns. The order of every random draw is the same with and without 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.core.agent import Agent, as_observation
-from agents.core.checkpoints import CheckpointStore
+from agents.core.checkpoints import CheckpointStore, save_tree
 from agents.core.errors import UserError
 from agents.core.logging import Logger, Progress
 from agents.core.replay import Replay
@@ -47,6 +48,9 @@ class LoopSettings:
     """Agent steps between checkpoints (one is always saved at the end)."""
     keep_checkpoints: int = 2
     """Checkpoints kept besides the best."""
+    exact_resume: bool = True
+    """Keep the environments' states in checkpoints; without, a resumed run begins new episodes (for tasks whose state
+    cannot be read)."""
 
     def __post_init__(self) -> None:
         """Reject values that no loop can run with."""
@@ -142,20 +146,51 @@ class OffPolicyLoop:
         self._seconds = {"environment": 0.0, "update": 0.0, "act": 0.0}
 
     def resume(self, parts: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's parts (the replay is restored by the checkpoint store)."""
+        """Continue from a checkpoint's parts, after the checkpoint store has restored the replay."""
         self.agent.load_state_dict(parts["agent"])
         self.state = LoopState.from_tree(parts["loop"], parts["progress"])
         self.random.bit_generator.state = parts["random"]
-        self.envs.set_state(parts["environments"])  # type: ignore[attr-defined]
-        self.observation = parts["observation"]
-        self._saved = self.state.progress.agent_steps
+        self._saved = steps = self.state.progress.agent_steps
+        if "environments" in parts:
+            self.envs.set_state(parts["environments"])  # type: ignore[attr-defined]
+            self.observation = parts["observation"]
+        else:  # other episodes than the earlier parts of the run began with
+            self._reset(int(np.random.SeedSequence((self.seed, steps)).generate_state(1)[0]))
+
+    def begin(self) -> None:
+        """Begin the first episodes, and make sure that checkpoints can be written later.
+
+        Raises:
+            UserError: the environments' states cannot be read, which checkpoints need.
+        """
+        self._reset(self.seed)
+        if self.settings.exact_resume:
+            self._check_state()
+
+    def _reset(self, seed: int) -> None:
+        self.observation, _ = self.envs.reset(seed=seed)
+        self.replay.start(self.observation)
+
+    def _check_state(self) -> None:
+        """Save the environments' states once, aside: a task without would fail at its first checkpoint, hours later."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                save_tree(folder, "environments", self.envs.get_state())  # type: ignore[attr-defined]
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())
+            why = said if hasattr(error, "exit_code") else f"{type(error).__name__}: {said}"
+            raise UserError(
+                f"checkpoints cannot keep the state of this task ({why}); add --no-exact-resume: they then hold "
+                "everything else, and --resume begins new episodes"
+            ) from error
 
     def run(self) -> LoopState:
         """Train until `settings.steps` (or until asked to stop), save, and return the state."""
         progress, settings = self.state.progress, self.settings
         if self.observation is None:
-            self.observation, _ = self.envs.reset(seed=self.seed)
-            self.replay.start(self.observation)
+            self.begin()
         self._log_mark = (time.perf_counter(), progress.agent_steps, self._rendered())
         self._started = time.perf_counter() - progress.wall_seconds
         bar = tqdm(
@@ -175,33 +210,27 @@ class OffPolicyLoop:
                 self._evaluate()
             if self._due(settings.checkpoint_every):
                 self.save()
+        if self._log_mark[1] != progress.agent_steps:
+            self._log(bar)
         if self._saved != progress.agent_steps:
-            if self._log_mark[1] != progress.agent_steps:
-                self._log(bar)
             self.save()
         bar.close()
         return self.state
 
     def save(self) -> None:
         """Write a checkpoint; a state that is not finite is never written."""
-        self._check_finite_metrics()
-        for name, network in self.agent.networks().items():
-            for key, tensor in network.state_dict().items():
-                if not torch.isfinite(tensor).all():
-                    raise DivergedError(f"{name}.{key} is not finite; the last checkpoint is kept")
+        self._check_finite()
         self.logger.flush()
-        self.checkpoints.save(
-            self.state.progress.agent_steps,
-            {
-                "agent": self.agent.state_dict(),
-                "progress": vars(self.state.progress).copy(),
-                "loop": self.state.to_tree(),
-                "random": self.random.bit_generator.state,
-                "environments": self.envs.get_state(),  # type: ignore[attr-defined]
-                "observation": self.observation,
-            },
-            self.replay,
-        )
+        parts = {
+            "agent": self.agent.state_dict(),
+            "progress": vars(self.state.progress).copy(),
+            "loop": self.state.to_tree(),
+            "random": self.random.bit_generator.state,
+        }
+        if self.settings.exact_resume:
+            parts["environments"] = self.envs.get_state()  # type: ignore[attr-defined]
+            parts["observation"] = self.observation
+        self.checkpoints.save(self.state.progress.agent_steps, parts, self.replay)
         self._saved = self.state.progress.agent_steps
 
     def _step(self) -> None:
@@ -274,12 +303,17 @@ class OffPolicyLoop:
         self._metrics.clear()
         return dict(zip(stacked, values, strict=True))
 
-    def _check_finite_metrics(self) -> None:
+    def _check_finite(self) -> None:
+        """Refuse to save an agent that has diverged."""
         steps = self.state.progress.agent_steps
         for metrics in self._metrics[-1:]:
             for name, value in metrics.items():
                 if not torch.isfinite(value):
                     raise DivergedError(f"{name} is {value} at agent step {steps}")
+        for name, network in self.agent.networks().items():
+            for key, tensor in network.state_dict().items():
+                if not torch.isfinite(tensor).all():
+                    raise DivergedError(f"{name}.{key} is not finite; the last checkpoint is kept")
 
     def _log(self, bar: tqdm) -> None:
         progress = self.state.progress
@@ -333,6 +367,7 @@ class OffPolicyLoop:
         self.logger.scalars(values, progress)
         score = max((v for k, v in values.items() if k.endswith("/return_mean")), default=-math.inf)
         if score > self.state.best_return:
+            self._check_finite()
             self.state.best_return = score
             weights = {
                 "agent": self.agent.state_dict(weights_only=True),

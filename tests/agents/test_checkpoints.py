@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import subprocess
@@ -315,6 +316,66 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     resumed.save(3, {"agent": {"step": 3}}, restored)
     assert [f.name[-1] for f in resumed._folders()] == ["1", "3"]
     assert CheckpointStore(tmp_path).load(replay=make_replay()) == {"agent": {"step": 3}}
+
+
+def test_a_checkpoint_that_replaces_a_damaged_one_stays(tmp_path: Path) -> None:
+    replay, store = make_replay(), CheckpointStore(tmp_path)
+    player = Player(replay)
+    for step in (1, 2):
+        player.play(10)
+        newest = store.save(step, {"agent": {"step": step}}, replay)
+    (newest / "agent.json").write_text("{")
+    restored, resumed = make_replay(), CheckpointStore(tmp_path)
+    with pytest.warns(UserWarning, match="falling back to step-000000001"):
+        resumed.load(replay=restored)
+    player.replay = restored
+    player.play(10)
+    for _ in range(2):  # as a run does that goes on to the step which was damaged
+        resumed.save(2, {"agent": {"step": "anew"}}, restored)
+        again = make_replay()
+        assert CheckpointStore(tmp_path).load(2, replay=again) == {"agent": {"step": "anew"}}
+        assert_same_replay(again, restored)
+
+
+def test_a_checkpoint_of_another_agent_is_refused_and_no_reason_to_fall_back(
+    tmp_path: Path,
+) -> None:
+    sac = {"agent": "sac", "env": "toy/reach", "observation": "pixels"}
+    drq = sac | {"agent": "drq", "observation": "both"}
+    replay = make_replay()
+    ours, theirs = CheckpointStore(tmp_path, identity=sac), CheckpointStore(tmp_path, identity=drq)
+    ours.save(1, {"agent": 1}, replay)
+    ours.save_best(1, {"agent": 1})
+    newest = theirs.save(2, {"agent": 2}, replay)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert manifest["identity"] == drq
+    said = (
+        "step-000000002' was saved with agent 'drq', observation 'both', "
+        "and this run is of agent 'sac', observation 'pixels'; give a checkpoint of this run"
+    )
+    for action in (
+        lambda: ours.load(),
+        lambda: ours.load(2),
+        lambda: ours.load(replay=make_replay()),
+        lambda: ours.restore_replay(make_replay()),
+    ):
+        with pytest.raises(UserError, match=said) as refused:
+            action()
+        assert not isinstance(refused.value, DamagedFileError)
+        assert "\n" not in str(refused.value)
+    assert theirs.load() == {"agent": 2}
+    assert ours.load(1) == ours.load("best") == {"agent": 1}
+    with pytest.raises(UserError, match="best' was saved with agent 'sac'"):
+        theirs.load("best")
+
+
+def test_a_checkpoint_that_names_no_agent_is_taken_for_the_runs_own(tmp_path: Path) -> None:
+    folder = CheckpointStore(tmp_path).save(1, {"agent": 1})
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["identity"]  # as before the manifest named it
+    file.write_text(json.dumps(manifest))
+    assert CheckpointStore(tmp_path, identity={"agent": "drq"}).load() == {"agent": 1}
 
 
 def test_when_every_checkpoint_is_damaged_the_error_names_the_file(tmp_path: Path) -> None:

@@ -254,6 +254,111 @@ def test_a_finished_loop_that_is_resumed_writes_nothing(tmp_path: Path) -> None:
     assert second.envs.actions == []
 
 
+def test_a_last_step_that_is_saved_already_is_logged_all_the_same(tmp_path: Path) -> None:
+    make_loop(tmp_path, log_every=16, steps=40, checkpoint_every=20).run()
+    lines = rows(tmp_path)
+    assert [row["agent_steps"] for row in lines if row["tag"] == "time/fps"] == ["16", "32", "40"]
+    assert {row["agent_steps"] for row in lines if row["tag"] == "loss/critic"} == {
+        "16",
+        "32",
+        "40",
+    }
+
+
+def test_every_evaluation_happens_once_however_the_run_is_cut(tmp_path: Path) -> None:
+    evaluated: list[int] = []
+
+    def evaluate(progress: Progress) -> dict[str, float]:
+        evaluated.append(progress.agent_steps)
+        return {"eval/clean/return_mean": 1.0}
+
+    hooks = Hooks(evaluate=evaluate, line=lambda _: None)
+    for steps in (40, 40, 20, 46, 60):  # finished, the same again, less than is done, more
+        loop = make_loop(tmp_path, hooks=hooks, steps=steps, eval_every=10, checkpoint_every=15)
+        if loop.checkpoints.latest():
+            loop.resume(loop.checkpoints.load(replay=loop.replay))
+        loop.run()
+    assert evaluated == [10, 20, 30, 40, 50, 60]
+    assert loop.checkpoints.latest().name == "step-000000060"  # type: ignore[union-attr]
+
+
+def test_weights_that_are_not_finite_are_never_the_best(tmp_path: Path) -> None:
+    def evaluate(progress: Progress) -> dict[str, float]:
+        return {"eval/clean/return_mean": float(progress.agent_steps)}
+
+    hooks = Hooks(evaluate=evaluate, line=lambda _: None)
+    settings = {"eval_every": 10, "log_every": 1000, "checkpoint_every": 1000}
+    loop = make_loop(tmp_path, hooks=hooks, **settings)
+    real = loop.agent.update
+
+    def poison(batch: Batch) -> dict[str, Tensor]:
+        if len(loop.agent.batches) == 15:
+            nn.init.constant_(loop.agent.net.bias, float("nan"))  # type: ignore[attr-defined]
+        return real(batch)
+
+    loop.agent.update = poison  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match=r"critic\.bias is not finite"):
+        loop.run()
+    best = tmp_path / "checkpoints" / "best"
+    assert load_tree(best, "progress")["agent_steps"] == 20
+
+
+class Opaque(Counting):
+    """Its state cannot be read."""
+
+    def __init__(self, state: Any = None, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.unreadable = state
+        self.seeds: list[int | None] = []
+
+    def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        self.seeds.append(seed)
+        return super().reset(seed)
+
+    def get_state(self) -> dict[str, Any]:
+        if isinstance(self.unreadable, dict):
+            return self.unreadable
+        raise self.unreadable or NotImplementedError("nothing to see here")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (
+            NotImplementedError("no state\nto be had"),
+            r"\(NotImplementedError: no state to be had\)",
+        ),
+        (UserError("gym/X keeps a secret"), r"\(gym/X keeps a secret\)"),
+        ({"world": object()}, r"\(TypeError: 'environments/world' is a object;"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_said_before_training_begins(
+    state: Any, said: str, tmp_path: Path
+) -> None:
+    loop = make_loop(tmp_path, Opaque(state))
+    with pytest.raises(UserError, match=said) as refused:
+        loop.run()
+    assert "add --no-exact-resume" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert loop.envs.actions == []
+
+
+def test_without_exact_resume_a_resumed_run_begins_new_episodes(tmp_path: Path) -> None:
+    settings = {"exact_resume": False, "random_steps": 0, "checkpoint_every": 8}
+    first = make_loop(tmp_path, Opaque(length=7), steps=24, **settings)
+    first.run()
+    second = make_loop(tmp_path, Opaque(length=7), steps=60, **settings)
+    second.resume(second.checkpoints.load(replay=second.replay))
+    assert second.run().progress.agent_steps == 60
+    assert len(second.replay) == 60, "everything that was stored is still there"
+    assert first.envs.seeds[0] != second.envs.seeds[0], "not the first episodes over again"
+    assert all(len(loop.envs.seeds) == 1 for loop in (first, second))
+    batch = second.replay.sample(3000)
+    seen, following = batch.observation["state"], batch.next_observation["state"]
+    torch.testing.assert_close(following[:, 1], seen[:, 1] + 1, msg="no step over the gap")
+    torch.testing.assert_close(following[:, 0], seen[:, 0])
+
+
 @pytest.mark.parametrize(("log_every", "noticed"), [(4, 28), (1000, 32)])
 def test_a_loss_that_is_not_finite_is_named_and_the_last_checkpoint_kept(
     log_every: int, noticed: int, tmp_path: Path

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
 import agents.core.fields
+from agents import Policy
+from agents.core.errors import UserError
+from agents.policy import read_config
 from experiments.evaluate import main as evaluate
 from experiments.train import main
-from tests.experiments.helpers import arguments, train
+from tests.experiments.helpers import arguments, final_state, train
 
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[[list[str]], int]
@@ -216,16 +224,81 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
+@pytest.mark.parametrize("agent", ["sac", "drqv2-sgqn"])
 def test_a_checkpoint_of_another_agent_is_refused_and_kept(
-    copy: Path, tmp_path: Path, refused: Callable[..., str]
+    agent: str, copy: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    other = train("drqv2-sgqn", "toy/reach", tmp_path / "other", steps=16)
+    # The networks of `sac` and `drq` have the same names and shapes: only the checkpoint's own word tells.
+    other = train(agent, "toy/reach", tmp_path / "other", steps=16)
+    checkpoint = copy / "checkpoints" / "step-000000020"
+    before = contents(copy), contents(other)
+    line = refused(other, "--checkpoint", checkpoint, command=evaluate)
+    assert f"'{checkpoint}' was saved with agent 'drq', and this run is of agent '{agent}'" in line
+    with pytest.raises(UserError, match="was saved with agent 'drq'"):
+        Policy.load(other, checkpoint=str(checkpoint))
+    assert (contents(copy), contents(other)) == before
     shutil.copy(other / "config.json", copy / "config.json")
-    before = contents(copy)
+    before = contents(copy), contents(other)
     for words, command in ((["--resume", copy, "--steps", 40], main), ([copy], evaluate)):
         line = refused(*words, command=command)
-        assert "it was saved by another agent" in line
-        assert contents(copy) == before
+        assert f"was saved with agent 'drq', and this run is of agent '{agent}'" in line
+        assert "put back the config.json" in line
+    assert (contents(copy), contents(other)) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("id", "toy/balance", "env 'toy/reach', and this run is of env 'toy/balance'"),
+        ("observation", "state", "observation 'pixels', and this run is of observation 'state'"),
+    ],
+)
+def test_a_checkpoint_of_another_task_or_observation_is_refused(
+    field: str, value: str, said: str, copy: Path, refused: Callable[..., str]
+) -> None:
+    config = read_config(copy)
+    config["env"][field] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    assert f"was saved with {said}" in refused(copy, command=evaluate)
+
+
+@pytest.fixture
+def opaque() -> Iterator[str]:
+    """Register a third party's task that keeps what no snapshot can hold, as Box2D's do; return its id."""
+    gym.register("Opaque-v0", entry_point=Opaque, max_episode_steps=9)
+    yield "gym/Opaque-v0"
+    del gym.registry["Opaque-v0"]
+
+
+class Opaque(gym.Env):
+    """A task whose world cannot be read."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self) -> None:
+        self.world = threading.Lock()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), 1.0, False, False, {}
+
+
+def test_a_task_whose_state_cannot_be_read_is_said_at_once_and_can_be_trained_all_the_same(
+    opaque: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    flags = {"steps": 30, "observation": "state", "checkpoint_every": 12}
+    words = arguments("sac", opaque, tmp_path / "run", **flags)
+    line = refused(*words)
+    assert "gym/Opaque-v0 cannot be saved in mid-episode: its attribute 'world' is a lock" in line
+    assert "add --no-exact-resume" in line
+    assert not (tmp_path / "run").exists(), "the name must be free for the corrected command"
+    assert main([*words, "--no-exact-resume"]) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--steps", "60"]) == 0
+    assert final_state(tmp_path / "run")["progress"]["agent_steps"] == 60
 
 
 def damage(folder: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import itertools
 import os
@@ -10,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+import envs
 from envs import rendering
 from envs.rendering import choose_backend, resolve_quality
 from wrappers.errors import UserError
@@ -116,6 +118,31 @@ def test_simulators_draw_side_by_side_exactly_as_shipped_and_exit_silently(backe
     lines = done.stdout.splitlines()
     assert len(lines) >= 14
     assert [line for line in lines if not line.endswith(" ok")] == []
+
+
+DRAWN = """
+import hashlib, test_rendering
+for quality in ("reference", "fast"):
+    view = test_rendering.MujocoView(test_rendering.simulation, height=84, width=84, quality=quality)
+    print(hashlib.sha256(view.render()).hexdigest())
+"""
+
+
+def test_pixels_do_not_depend_on_how_many_threads_software_gl_has():
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    drawn = [
+        subprocess.run(
+            [sys.executable, "-c", DRAWN],
+            env={**os.environ, "PYTHONPATH": paths, "LP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+        for threads in ("0", "4")
+    ]
+    assert drawn[0].count("\n") == 2
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("quality", ["fast", "reference"])
@@ -267,9 +294,10 @@ def test_a_terrain_that_changes_is_drawn_as_it_is_now(view):
 # Layers ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("z", [1, 0.2], ids=["above", "sunken"])
 @pytest.mark.parametrize("hidden", [SKY, SKY | FLOOR], ids=["sky", "sky-floor"])
-def test_fast_layers_hide_exactly_the_background(view, hidden):
-    looking = view(simulation())
+def test_fast_layers_hide_exactly_the_background(view, hidden, z):
+    looking = view(simulation(z=z))
     clean, layers = looking.render(), looking.render_layers(hidden)
     assert set(np.unique(layers.coverage)) == {0, 1}
     kept = layers.coverage == 0
@@ -279,6 +307,21 @@ def test_fast_layers_hide_exactly_the_background(view, hidden):
     else:
         assert kept.sum() > looking.foreground().sum()
     assert np.array_equal(looking.render(), clean), "what was hidden is back"
+
+
+def test_a_hidden_floor_uncovers_nothing_in_the_reference_either(view):
+    looking = view(simulation(z=0.2), "reference")
+    coverage = looking.render_layers(SKY | FLOOR).coverage
+    assert coverage[~looking.foreground()].min() >= 0.5
+    assert ((coverage > 0) & (coverage < 1)).sum() > 10, "silhouettes stay soft"
+
+
+@pytest.mark.parametrize("task", ["gym/Reacher-v5", "dmc/dog-fetch"])
+def test_what_lies_below_the_floor_shows_the_video_too(task):
+    with contextlib.closing(envs.make(task, seed=0, quality="fast")) as env:
+        env.reset()
+        layers = env.view.render_layers(SKY | FLOOR)
+        assert np.array_equal(layers.coverage == 0, env.view.foreground())
 
 
 def test_a_floor_can_be_hidden_under_the_sky(view):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import time
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
+from envs import processes
 from envs.vector import VectorEnv, WorkerError
 from wrappers.errors import UserError
 
@@ -59,6 +63,15 @@ class Counting(gym.Env):
     def render(self) -> np.ndarray:
         return np.full((2, 2, 3), self.t, np.uint8)
 
+    def half_an_answer(self) -> str:
+        """Stop in the middle of it, once."""
+        if not Path(self.once).exists():
+            Path(self.once).touch()
+            (pipe,) = (obj for obj in gc.get_objects() if isinstance(obj, Connection))
+            os.write(pipe.fileno(), struct.pack("!i", 1_000_000) + bytes(100_000))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return "a whole one"
+
     def get_state(self) -> dict:
         return {"t": self.t, "rng": self.np_random.bit_generator.state}
 
@@ -71,6 +84,9 @@ class Counting(gym.Env):
 
     def threads(self) -> list[str | None]:
         return [os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
+
+    def variable(self, name: str) -> str | None:
+        return os.environ.get(name)
 
     def process(self) -> int:
         return os.getpid()
@@ -264,6 +280,39 @@ def test_a_worker_that_dies_between_steps_still_answers_and_drops_the_next_trans
         either.close()
 
 
+def test_a_stopped_worker_that_does_not_take_a_large_state_is_replaced() -> None:
+    envs, healthy = make(2, 2, timeout=3.0), make(2, 0)
+    healthy.reset(seed=3)
+    roll(healthy, 2)
+    state = healthy.get_state()
+    state["envs"][1]["frames"] = np.zeros(8 * 2**20, np.uint8)  # a pipe holds 200 kB
+    envs.reset(seed=5)
+    victim = envs.call("process")[1]
+    os.kill(victim, signal.SIGSTOP)
+    with pytest.warns(UserWarning, match="worker 1 .* did not take 'call' within 3 s.* replaced"):
+        envs.set_state(state)
+    assert envs.worker_failures == 1
+    assert not alive(victim)
+    assert_same(roll(envs, 6, seed=1), roll(healthy, 6, seed=1))
+    envs.close()
+
+
+def test_a_stopped_worker_does_not_hold_up_the_end() -> None:
+    envs = make(2, 2, timeout=3.0)
+    pids = envs.call("process")
+    os.kill(pids[0], signal.SIGSTOP)
+    envs.close()
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_worker_that_stops_in_the_middle_of_an_answer_is_replaced(tmp_path: Path) -> None:
+    envs = make(1, 1, timeout=3.0, once=str(tmp_path / "struck"))
+    envs.reset(seed=5)
+    with pytest.warns(UserWarning, match="did not answer 'call' within 3 s; it is replaced"):
+        assert envs.call("half_an_answer") == ("a whole one",)
+    envs.close()
+
+
 @pytest.mark.parametrize("trouble", ["die", pytest.param("hang", marks=pytest.mark.slow)])
 def test_failures_at_the_start_are_replaced(trouble: str, tmp_path: Path) -> None:
     once = str(tmp_path / "struck")
@@ -405,6 +454,53 @@ def test_close_leaves_no_process_behind() -> None:
     assert not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads"),
+    [(2, 1, None), (2, 2, "0"), (2, 3, "0"), (16, 4, "4"), (16, 16, "0")],
+)
+def test_workers_share_the_cores_for_software_gl(
+    cores: int, workers: int, threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_cores", lambda: cores)
+    monkeypatch.delenv("LP_NUM_THREADS", raising=False)
+    assert processes.environment_of(workers).get("LP_NUM_THREADS") == threads
+    for own in ("0", "7"):
+        monkeypatch.setenv("LP_NUM_THREADS", own)
+        assert processes.environment_of(workers)["LP_NUM_THREADS"] == own
+
+
+def test_workers_have_the_variables_of_now_and_not_of_the_first_worker(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+            import os
+            from test_vector import Counting, VectorEnv
+
+            for value in ("0", None, "3"):
+                os.environ.pop("LP_NUM_THREADS", None)
+                if value:
+                    os.environ["LP_NUM_THREADS"] = value
+                envs = VectorEnv([Counting], workers=1)
+                print(*envs.call("variable", "LP_NUM_THREADS"))
+                envs.close()
+        """)
+    )
+    done = run_script(script)
+    assert done.stdout == "0\nNone\n3\n", done.stderr
+
+
+def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 SCRIPT = """
     import functools, os, signal, sys
     import numpy as np
@@ -434,15 +530,7 @@ def test_workers_end_with_their_parent_quietly_and_never_import_torch(
     (tmp_path / "torch.py").touch()  # a stand-in: the real one takes seconds to import
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, script, how],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_script(script, how)
     assert done.returncode == (-signal.SIGKILL if how == "killed" else 0), done.stderr
     assert done.stderr == ""
     pids = [int(pid) for pid in done.stdout.split()]
@@ -467,13 +555,5 @@ def test_classes_of_the_users_script_work_in_workers(tmp_path: Path) -> None:
                 print(envs.reset(seed=0)[0]["state"].shape)
         """)
     )
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, script],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_script(script)
     assert done.stdout == "(2, 2)\n", done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agents import AGENTS
+from agents.core.checkpoints import CheckpointStore
 from agents.core.loops import OffPolicyLoop
 from experiments.train import main
 from tests.experiments.helpers import (
@@ -136,6 +137,37 @@ def test_a_new_total_of_steps_is_kept_through_a_kill(
         assert main(["--resume", str(run), "--steps", "40"]) == 130
     resume(run)
     assert_same_run(whole, run)
+
+
+def test_a_replay_that_has_wrapped_around_goes_on_after_kills_between_writing_and_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {
+        "num_envs": 2, "episode_length": 9, "replay_capacity": 30, "eval_every": 10,
+        "eval_episodes": 1, "checkpoint_every": 12, "distraction": "video_hard",
+    }  # fmt: skip
+    whole = train("drq", "toy/reach", tmp_path / "whole", steps=120, **flags)
+    run = tmp_path / "run"
+    assert main(arguments("drq", "toy/reach", run, steps=48, **flags)) == 0
+    for unpruned, steps in enumerate((72, 120), start=1):
+        with monkeypatch.context() as context:
+
+            def die(store: CheckpointStore, step: int) -> None:
+                raise KeyboardInterrupt
+
+            context.setattr(CheckpointStore, "_prune", die)
+            assert main(["--resume", str(run), "--steps", str(steps)]) == 130
+        names = sorted(folder.name for folder in (run / "checkpoints").glob("step-*"))
+        assert len(names) == 2 + unpruned, "more than are kept"
+    resume(run, steps=120)
+    assert_same_run(whole, run)
+    for each in (whole, run):
+        names = sorted(folder.name for folder in (each / "checkpoints").iterdir())
+        assert names == ["best", "step-000000108", "step-000000120"]
+        stored = sum(file.stat().st_size for file in (each / "replay").iterdir())
+        assert stored < 4 * 30 * (3 * 24 * 24 + 100), "rows that nobody needs are gone"
+    evaluations = [step for step, tag, _ in metrics(run) if tag == "eval/video_hard/return_mean"]
+    assert evaluations == list(range(10, 121, 10))
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(

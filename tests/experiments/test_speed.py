@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
+from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from experiments import settings, speed, speed_agents, speed_environments, speed_timing
-from experiments.speed_timing import ROUNDS, Table, interleave, rates
+from experiments.speed_timing import ROUNDS, Elsewhere, Table, interleave, rates
 
 TINY = 0.02
 """Seconds for each comparison."""
@@ -75,6 +77,89 @@ def test_a_device_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert interleave({"a": lambda: None}, seconds=1.0, finish=finish) == {"a": 2.0}
+
+
+OTHER_PROCESS = """
+import os, sys, time
+from experiments.speed_timing import serve
+
+log = open(sys.argv[1], "a", buffering=1)
+calls = {
+    "threads": lambda: print("there", os.environ.get("LP_NUM_THREADS"), file=log),
+    "nap": lambda: time.sleep(0.01),
+    "die": lambda: os._exit(3),
+}
+serve(calls, sys.stdin, sys.stdout)
+"""
+
+
+@pytest.fixture(name="elsewhere")
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "other_process.py").write_text(OTHER_PROCESS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LP_NUM_THREADS", "0")
+    log = str(tmp_path / "log")
+    with closing(Elsewhere("other_process", log, without=["LP_NUM_THREADS"])) as process:
+        yield process
+
+
+def test_processes_take_turns_too_and_the_other_has_its_threads(
+    elsewhere: Elsewhere, tmp_path: Path
+) -> None:
+    log = (tmp_path / "log").open("a", buffering=1)
+    calls = {"here": lambda: print("here", file=log), "there": elsewhere.calls["threads"]}
+    interleave(calls, seconds=1e-9)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == ["here"] * 2 + ["there None"] * 2 + ["here", "there None"] * ROUNDS
+
+
+def test_calls_elsewhere_are_timed_there(
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)  # our clock stands still
+    assert rates({"nap": elsewhere.calls["nap"]}, seconds=0.05)["nap"] <= 100
+
+
+def test_what_was_called_elsewhere_ends_with_the_measurement(elsewhere: Elsewhere) -> None:
+    elsewhere.close()
+    assert elsewhere._process.returncode == 0
+
+
+def test_a_process_that_dies_is_told_by_its_command(elsewhere: Elsewhere) -> None:
+    with pytest.raises(RuntimeError, match=r"-m other_process .* ended with exit code 3"):
+        elsewhere.calls["die"]()
+
+
+def test_the_shipped_renderer_is_measured_apart_with_its_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple] = []
+
+    class Spy(Elsewhere):
+        def __init__(self, *arguments: str, without: tuple[str, ...]) -> None:
+            asked.append((*arguments, *without))
+            super().__init__(*arguments, without=without)
+
+    measured = {}
+
+    def fake_rates(calls: dict, seconds: float) -> dict[str, float]:
+        for name, call in calls.items():
+            call()
+            measured[name] = getattr(call, "name", "here")
+        return dict.fromkeys(calls, 1.0) | {"shipped": 2.0, "fast": 12.0, "fast there": 10.0}
+
+    monkeypatch.setattr(speed_environments, "Elsewhere", Spy)
+    monkeypatch.setattr(speed_environments, "rates", fake_rates)
+    (table,) = speed_environments.rendering(TINY, ("dmc/cartpole-swingup",))
+    assert asked == [("experiments.speed_environments", "dmc/cartpole-swingup", "LP_NUM_THREADS")]
+    assert measured == {
+        "shipped": "shipped",
+        "reference": "reference",
+        "fast": "here",
+        "bare": "here",
+        "fast there": "fast",
+    }
+    assert table.rows[0][1:] == [2.0, 1.0, 12.0, 1.0, 0.5, 6.0, 5.0]
 
 
 def test_rendering_compares_shipped_reference_and_fast() -> None:

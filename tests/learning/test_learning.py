@@ -12,11 +12,21 @@ from tests.learning.training import score, train
 STEPS = 1200
 LEARNED = 17.0
 NOT_LEARNED = 15.5
-ROBUST = 17.5
-"""Under video_hard at seed 0: SVEA 18.8, SGQN 19.4; without their terms 13.4 and 15.9.
+VEILED = {"veil": 0.7, "episodes": 60}
+VEILED_STEPS = 1100
+ROBUST = 15.8
+"""What SVEA and SGQN reach under a veil, and miss without their own terms.
 
-Set after seeing these scores. The random shift is off: with it, agents without the terms reached 18.3 and 19.9, so the
-test could not tell. At seed 1 SGQN separates (19.8 and 15.8) and SVEA does not (17.7 and 17.2).
+The veil is an image that lies over an episode's pictures and hides 0.7 of them. Measured over 60 episodes at
+the seeds 0, 1, 2, with the random shift off, as it is a help against distractions of its own:
+
+| 1100 steps | with its terms   | without          | clean, with      | clean, without   |
+| ---------- | ---------------- | ---------------- | ---------------- | ---------------- |
+| SVEA       | 17.4, 17.7, 16.6 | 12.2, 14.3, 15.0 | 18.4, 17.1, 18.0 | 17.0, 17.9, 17.4 |
+| SGQN       | 17.5, 17.9, 18.2 | 12.5, 12.5, 13.8 | 18.8, 18.9, 19.5 | 17.0, 16.0, 17.9 |
+
+The threshold was set after seeing these scores. Before a video (video_hard) or repainted (color_hard), agents without
+SVEA's term kept acting as well as those with it at one seed of three: the toy scene has too little background.
 """
 
 METHODS = {
@@ -32,7 +42,10 @@ def test_agents_learn_from_a_state(name):
     assert score(agent, observation="state") > LEARNED
 
 
-@pytest.mark.parametrize("name", sorted(AGENTS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if "sgqn" in n else []) for n in sorted(AGENTS)],
+)
 def test_agents_learn_from_pixels(name):
     assert score(train(name, steps=STEPS)) > LEARNED
 
@@ -52,15 +65,24 @@ def test_an_actor_with_the_wrong_sign_does_not_learn(name, module, monkeypatch):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_keep_acting_before_videos_that_they_never_saw(name):
-    agent = train(name, steps=STEPS, augmentation="none")
-    assert score(agent, distraction="video_hard") > ROBUST
+def test_methods_keep_acting_behind_a_veil_that_they_never_saw(name):
+    agent = train(name, steps=VEILED_STEPS, augmentation="none")
+    assert score(agent, **VEILED) > ROBUST
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_without_their_own_terms_they_do_not(name):
-    agent = train(name, steps=STEPS, augmentation="none", **METHODS[name])
-    assert score(agent, distraction="video_hard") < ROBUST
+    agent = train(name, steps=VEILED_STEPS, augmentation="none", **METHODS[name])
+    assert score(agent, **VEILED) < ROBUST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_that_is_so_at_other_seeds_too(name, seed):
+    settings = {"steps": VEILED_STEPS, "seed": seed, "augmentation": "none"}
+    assert score(train(name, **settings), **VEILED) > ROBUST
+    assert score(train(name, **settings, **METHODS[name]), **VEILED) < ROBUST
 
 
 @pytest.mark.slow

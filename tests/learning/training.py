@@ -8,6 +8,7 @@ import torch
 import envs
 from agents import AGENTS, make_agent
 from agents.core.agent import as_observation
+from agents.core.overlays import OverlayImages
 from agents.core.replay import Replay
 
 CPU = torch.device("cpu")
@@ -78,21 +79,33 @@ def train(name, *, steps, seed=0, observation="pixels", shuffle_rewards=False, *
     return agent
 
 
-def score(agent, *, distraction=None, observation="pixels", episodes=30):
-    """Return the mean greedy return over episodes that start in fixed states."""
-    vector = envs.make_vec(
-        "toy/reach",
-        episodes,
-        size=24,
-        distraction=distraction,
-        split="test",
-        observation=observation,
-    )
+def score(agent, *, veil=0.0, observation="pixels", episodes=30):
+    """Return the mean greedy return over episodes that start in fixed states.
+
+    Args:
+        agent: who acts.
+        veil: opacity of an image that lies over each episode's pictures; training has never seen it.
+        observation: pixels or state.
+        episodes: how many.
+    """
+    vector = envs.make_vec("toy/reach", episodes, size=24, observation=observation)
     seen, _ = vector.reset(seed=1234)
+    images = _veils(episodes) if veil else None
     total = np.zeros(episodes)
     for _ in range(25):
-        action = agent.act(as_observation(seen, CPU), explore=False)[0]
+        now = as_observation(seen, CPU)
+        if images is not None:
+            frames = now["pixels"].unflatten(1, (-1, 3)).float()
+            now["pixels"] = frames.lerp(images, veil).round().to(torch.uint8).flatten(1, 2)
+        action = agent.act(now, explore=False)[0]
         seen, reward, *_ = vector.step(action)
         total += reward
     vector.close()
     return float(total.mean())
+
+
+def _veils(count):
+    """Draw images from a bank of another seed than any agent's, float32 [count, 1, 3, 24, 24]."""
+    bank = OverlayImages(None, size=30, seed=10**6)
+    generator = torch.Generator().manual_seed(5)
+    return bank.sample(count, (24, 24), generator, CPU)[:, None].float()

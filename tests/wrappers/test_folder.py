@@ -1,5 +1,6 @@
 """Backgrounds from a folder: what is a video, exact frames, splits, every way to be broken."""
 
+import contextlib
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -9,10 +10,8 @@ from PIL import Image
 
 from wrappers.distraction import folder as folder_module
 from wrappers.distraction.base import SPLITS
-from wrappers.distraction.folder import FrameSequence, VideoFolder, split_names
+from wrappers.distraction.folder import SHARES, FrameSequence, VideoFolder, split_of
 from wrappers.errors import UserError
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*too few to keep")
 
 
 def write_video(path: Path, frames: int = 6, height: int = 64, width: int = 96) -> None:
@@ -44,8 +43,7 @@ def test_videos_folders_of_frames_and_loose_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a video")
     write_image(tmp_path / ".hidden.png", (0, 0, 0))
     folder = VideoFolder(tmp_path)
-    names = sorted(name for split in SPLITS for name in folder.names(split))
-    assert names == ["davis/bear", "deep/er/clip.mp4", "still.PNG"]
+    assert sorted(contents(folder)) == ["davis/bear", "deep/er/clip.mp4", "still.PNG"]
     bear, still = folder.open("davis/bear", 20, 20), folder.open("still.PNG", 20, 20)
     assert [int(bear.frame(t)[0, 0, 0]) for t in range(8)] == [0, 10, 20, 10, 0, 10, 20, 10]
     assert bear.length == 3
@@ -81,29 +79,72 @@ def test_a_long_video_plays_without_a_cut() -> None:
     assert np.abs(np.diff(shown)).tolist() == [1] * 99
 
 
-@pytest.mark.parametrize("count", [3, 4, 10, 101])
-def test_splits_are_disjoint_complete_and_do_not_depend_on_order(count: int) -> None:
-    names = [f"video{number}" for number in range(count)]
-    splits = split_names(names)
-    assert splits == split_names(names[::-1])
-    assert all(splits[split] for split in SPLITS)
-    assert sorted([*splits["train"], *splits["validation"], *splits["test"]]) == sorted(names)
-    assert len(splits["train"]) >= max(len(splits["test"]), 0.5 * count - 1)
+def test_splits_are_disjoint_complete_and_have_their_shares() -> None:
+    names = [f"video{number}" for number in range(5000)]
+    counts = {split: [split_of(name) for name in names].count(split) for split in SPLITS}
+    assert sum(counts.values()) == len(names)
+    for split in SPLITS:  # four standard deviations of a fair draw
+        assert counts[split] / len(names) == pytest.approx(SHARES[split], abs=0.028)
+    known = {"car": "train", "davis/bear": "train", "bear": "validation", "horse": "test"}
+    assert {name: split_of(name) for name in known} == known, "on every machine, for ever"
+
+
+def contents(folder: VideoFolder) -> dict[str, str]:
+    found = {}
+    for split in SPLITS:
+        with contextlib.suppress(UserError):
+            for name in folder.names(split):
+                assert name not in found, "splits are disjoint"
+                found[name] = split
+    return found
+
+
+def test_adding_videos_moves_none_between_splits(tmp_path: Path) -> None:
+    before: dict[str, str] = {}
+    for batch in ("mno", "abcdefgh", "z0123456789"):
+        for letter in batch:
+            write_image(tmp_path / f"{letter}.png", (0, 0, 0), size=(8, 8))
+        after = contents(VideoFolder(tmp_path))
+        assert len(after) == len(before) + len(batch)
+        assert before.items() <= after.items()
+        before = after
+    (tmp_path / "m.png").unlink()
+    assert contents(VideoFolder(tmp_path)).items() < before.items()
+
+
+def test_subfolders_named_after_splits_decide(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "one.png", (0, 0, 0))
+    write_image(tmp_path / "train" / "two.png", (0, 0, 0))
+    write_image(tmp_path / "test" / "film" / "0.png", (0, 0, 0))
+    write_image(tmp_path / "test" / "film" / "1.png", (0, 0, 0))
+    write_image(tmp_path / "validation" / "train" / "0.png", (0, 0, 0))
+    folder = VideoFolder(tmp_path)
+    assert folder.names("train") == ["train/one.png", "train/two.png"]
+    assert folder.names("test") == ["test/film"]
+    assert folder.names("validation") == ["validation/train"]
+    assert folder.open("test/film", 8, 8).length == 2
+    assert folder.open("train/one.png", 8, 8).length == 1
 
 
 def test_draws_stay_in_their_split(tmp_path: Path) -> None:
-    for number in range(7):
-        write_image(tmp_path / f"{number}.png", (number, 0, 0))
+    for number in range(30):
+        write_image(tmp_path / f"{number}.png", (number, 0, 0), size=(8, 8))
     folder, rng = VideoFolder(tmp_path), np.random.default_rng(0)
     for split in SPLITS:
-        assert {folder.draw(rng, split) for _ in range(99)} == set(folder.names(split))
+        assert {folder.draw(rng, split) for _ in range(300)} == set(folder.names(split))
 
 
-def test_too_few_videos_are_shared_with_a_warning(tmp_path: Path) -> None:
-    write_image(tmp_path / "only.png", (1, 1, 1))
-    with pytest.warns(UserWarning, match=r"1 video\(s\), too few .* give at least 3"):
-        folder = VideoFolder(tmp_path)
-    assert [folder.names(split) for split in SPLITS] == [["only.png"]] * 3
+def test_a_split_without_videos_is_told_with_what_to_do(tmp_path: Path) -> None:
+    write_image(tmp_path / "test" / "only.png", (1, 1, 1))
+    folder = VideoFolder(tmp_path)
+    assert folder.names("test") == ["test/only.png"]
+    for split in ("train", "validation"):
+        with pytest.raises(UserError) as error:
+            folder.draw(np.random.default_rng(0), split)
+        assert str(error.value) == (
+            f"none of the 1 video(s) in '{tmp_path}' belongs to split '{split}': give more, about 30 "
+            f"fill every split, or put some into '{tmp_path / split}'"
+        )
 
 
 def test_decoded_videos_are_kept_within_the_bound(tmp_path: Path) -> None:

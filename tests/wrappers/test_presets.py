@@ -9,7 +9,7 @@ from PIL import Image
 
 from wrappers.distraction import presets
 from wrappers.distraction.color import RandomColors
-from wrappers.distraction.folder import VideoFolder
+from wrappers.distraction.folder import VideoFolder, split_of
 from wrappers.distraction.presets import DISTRACTIONS, make_distraction
 from wrappers.distraction.textures import ProceduralVideos
 from wrappers.distraction.video import VideoBackground
@@ -33,10 +33,10 @@ def test_names_mean_what_the_benchmark_calls_them() -> None:
     assert isinstance(hard.source, ProceduralVideos)
 
 
-@pytest.mark.filterwarnings("ignore:.*too few to keep")
 def test_a_folder_replaces_generated_videos_only_where_videos_are_shown(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "still.png")
-    video = make_distraction("video_easy", videos=tmp_path)
+    split = split_of("still.png")
+    video = make_distraction("video_easy", split=split, videos=tmp_path)
     assert isinstance(video, VideoBackground)
     assert isinstance(video.source, VideoFolder)
     make_distraction("color_hard", videos=tmp_path / "missing")
@@ -44,7 +44,6 @@ def test_a_folder_replaces_generated_videos_only_where_videos_are_shown(tmp_path
         make_distraction("video_hard", videos=tmp_path / "missing")
 
 
-@pytest.mark.filterwarnings("ignore:.*too few to keep")
 def test_environments_of_a_process_share_a_folder_until_it_changes(tmp_path: Path) -> None:
     def source() -> VideoFolder:
         distraction = make_distraction("video_hard", videos=str(tmp_path))
@@ -52,12 +51,21 @@ def test_environments_of_a_process_share_a_folder_until_it_changes(tmp_path: Pat
         assert isinstance(distraction.source, VideoFolder)
         return distraction.source
 
-    Image.new("RGB", (8, 8)).save(tmp_path / "first.png")
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "first.png")
     before = source()
     assert source() is before
-    Image.new("RGB", (8, 8)).save(tmp_path / "second.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "second.png")
     os.utime(tmp_path, ns=(0, 0))  # clocks of file systems may be coarse
-    assert source().names("train") == ["first.png", "second.png"]
+    assert source().names("train") == ["train/first.png", "train/second.png"]
+
+
+def test_a_split_without_videos_is_told_when_the_distraction_is_made(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "still.png")
+    make_distraction("video_hard", videos=tmp_path)
+    with pytest.raises(UserError, match=r"none of the 1 video.* split 'test': give more.*test'$"):
+        make_distraction("video_hard", split="test", videos=tmp_path)
 
 
 def test_an_empty_name_is_no_folder() -> None:

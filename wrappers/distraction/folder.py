@@ -3,17 +3,21 @@
 Fits DAVIS (`JPEGImages/480p/<video>/00000.jpg`: a folder of frames is a video), RealEstate10K and
 the videos of DMC-GB (a tree of mp4 files), and loose pictures (each stands still). Files are
 decoded once, at the size that the agent sees, and kept within a bound on memory.
+
+To which split a video belongs is decided by its name alone, so that a folder may grow and no video
+that was trained on ever becomes one to test on: in a subfolder `train`, `validation` or `test` it is
+that one's (RealEstate10K comes so), elsewhere a hash of its path below the folder decides.
 """
 
 from __future__ import annotations
 
 import hashlib
 import subprocess
-import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import imageio_ffmpeg
 import numpy as np
@@ -29,8 +33,8 @@ IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
 MAX_FRAMES = 1000
 """Frames that are read of a video; 21 MB at 84 x 84."""
 
-SHARES = (0.6, 0.2, 0.2)
-"""Parts of the videos that go to train, validation and test."""
+SHARES: Mapping[Split, float] = MappingProxyType({"train": 0.6, "validation": 0.2, "test": 0.2})
+"""Parts of the videos that go to each split, on average."""
 
 MAX_PROBED = 50
 """Video files whose kind tells nothing up front: up to so many are opened, 0.05 s each."""
@@ -72,23 +76,30 @@ class VideoFolder:
             known = " ".join(sorted(VIDEO_FILES | IMAGE_FILES))
             raise UserError(f"no videos in '{folder}'; expected files of the kinds {known}")
         _check_files(list(self._files.values()))
-        self._names = split_names(list(self._files))
-        if len(self._files) < len(SPLITS):
-            warnings.warn(
-                f"'{folder}' holds {len(self._files)} video(s), too few to keep some for testing: "
-                "train, validation and test will all show the same; give at least 3",
-                stacklevel=2,
-            )
+        self._names: dict[Split, list[str]] = {split: [] for split in SPLITS}
+        for name in self._files:
+            self._names[split_of(name)].append(name)
         self._max_bytes = max_bytes
         self._opened: OrderedDict[tuple[str, int, int], FrameSequence] = OrderedDict()
 
     def names(self, split: Split) -> list[str]:
-        """Return the names of the split's videos."""
+        """Return the names of the split's videos.
+
+        Raises:
+            UserError: it has none, which happens in small folders.
+        """
+        if not self._names[split]:
+            raise UserError(
+                f"none of the {len(self._files)} video(s) in '{self.folder}' belongs to split "
+                f"'{split}': give more, about 30 fill every split, or put some into "
+                f"'{self.folder / split}'"
+            )
         return self._names[split]
 
     def draw(self, rng: np.random.Generator, split: Split) -> str:
         """Draw one of the split's videos."""
-        return self._names[split][rng.integers(len(self._names[split]))]
+        names = self.names(split)
+        return names[rng.integers(len(names))]
 
     def open(self, name: str, height: int, width: int) -> FrameSequence:
         """Return the video, its middle cropped to the aspect ratio and averaged to the size.
@@ -112,25 +123,24 @@ class VideoFolder:
         return sum(video.frames.nbytes for video in self._opened.values())
 
 
-def split_names(names: list[str]) -> dict[Split, list[str]]:
-    """Divide videos among the splits: disjoint, the same on every machine, whatever their order.
+def split_of(name: str) -> Split:
+    """Return the split of a video: the same on every machine, whatever lies beside it.
 
-    With fewer than three videos every split has all of them.
+    Args:
+        name: its path below the folder of videos, with forward slashes.
     """
-    if len(names) < len(SPLITS):
-        return {split: sorted(names) for split in SPLITS}
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    validation, test = (max(1, round(share * len(names))) for share in SHARES[1:])
-    train = len(names) - validation - test
-    return {
-        "train": sorted(ranked[:train]),
-        "validation": sorted(ranked[train : train + validation]),
-        "test": sorted(ranked[train + validation :]),
-    }
+    first, _, rest = name.partition("/")
+    if rest and first in SPLITS:
+        return first
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    train, validation = SHARES["train"], SHARES["validation"]
+    return "train" if place < train else "validation" if place < train + validation else "test"
 
 
 def _find_videos(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     """Yield name and files of every video: a video file, a loose image, a folder's frames."""
+    roots = {folder, *(folder / split for split in SPLITS)}
     frames: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         kind = path.suffix.lower()
@@ -141,8 +151,8 @@ def _find_videos(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         if kind in VIDEO_FILES:
             yield path.relative_to(folder).as_posix(), [path]
         elif kind in IMAGE_FILES:
-            is_loose = path.parent == folder
-            frames.setdefault(path if is_loose else path.parent, []).append(path)
+            place = path if path.parent in roots else path.parent
+            frames.setdefault(place, []).append(path)
     for place, files in frames.items():
         yield place.relative_to(folder).as_posix(), files
 

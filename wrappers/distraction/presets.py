@@ -10,8 +10,9 @@ from wrappers.distraction.base import SPLITS, Distraction, Split
 from wrappers.distraction.color import EASY, HARD, RandomColors
 from wrappers.distraction.folder import VideoFolder
 from wrappers.distraction.textures import ProceduralVideos
-from wrappers.distraction.video import SKY, SURROUNDINGS, VideoBackground, VideoSource
+from wrappers.distraction.video import SKY, SURROUNDINGS, VideoBackground
 from wrappers.errors import UserError
+from wrappers.view import Part
 
 CLEAN = "clean"
 """The name of no distraction."""
@@ -20,12 +21,14 @@ Videos = str | Path | None
 """A folder of videos or images, or None: generate them."""
 
 
-def _source(videos: Videos) -> VideoSource:
+def _video(hidden: frozenset[Part], split: Split, videos: Videos) -> VideoBackground:
     if videos is None:
-        return ProceduralVideos()
+        return VideoBackground(ProceduralVideos(), hidden, split)
     folder = Path(videos).expanduser()
     changed = folder.stat().st_mtime_ns if folder.is_dir() else 0
-    return _shared_folder(videos, folder.resolve(), changed)
+    source = _shared_folder(videos, folder.resolve(), changed)
+    source.names(split)  # tells of a split without videos now
+    return VideoBackground(source, hidden, split)
 
 
 @functools.lru_cache(maxsize=4)
@@ -40,8 +43,8 @@ def _shared_folder(videos: str | Path, folder: Path, changed: int) -> VideoFolde
 PRESETS: dict[str, Callable[[Split, Videos], Distraction]] = {
     "color_easy": lambda split, _: RandomColors(EASY, split),
     "color_hard": lambda split, _: RandomColors(HARD, split),
-    "video_easy": lambda split, videos: VideoBackground(_source(videos), SKY, split),
-    "video_hard": lambda split, videos: VideoBackground(_source(videos), SURROUNDINGS, split),
+    "video_easy": lambda split, videos: _video(SKY, split, videos),
+    "video_hard": lambda split, videos: _video(SURROUNDINGS, split, videos),
 }
 
 DISTRACTIONS = tuple(PRESETS)
@@ -62,7 +65,7 @@ def make_distraction(
         videos: where backgrounds come from; repainted scenes ignore it.
 
     Raises:
-        UserError: the name or the split is unknown, or the folder has no videos.
+        UserError: the name or the split is unknown, or the folder has no videos, or none of the split.
     """
     if split not in SPLITS:
         raise UserError.unknown("split", split, SPLITS)
