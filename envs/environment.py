@@ -46,6 +46,7 @@ class Environment(Pixels):
             frame_stack=settings.frame_stack,
             action_repeat=settings.action_repeat,
             quality=settings.quality,
+            supersample=settings.supersample,
             camera=settings.camera,
             distraction=make_distraction(
                 settings.distraction, split=settings.split, videos=settings.videos

@@ -208,8 +208,7 @@ class GymnasiumTask(gymnasium.Env):
             layers = [snapshot.attributes(layer, skip=skip) for layer, skip in self._layers()]
         except snapshot.NotPlainError as error:
             raise UserError(
-                f"gym/{self.task} cannot be saved in mid-episode: {error}; "
-                "train on it without checkpoints of the environment, or choose another task"
+                f"gym/{self.task} cannot be saved in mid-episode: {error}; choose another task"
             ) from None
         return {
             "in_episode": self._in_episode,

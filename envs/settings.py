@@ -31,6 +31,7 @@ class Settings:
     frame_stack: int = 3
     action_repeat: int | None = None
     quality: Literal["auto", "reference", "fast"] = "auto"
+    supersample: int = 1
     camera: str | int | None = None
     split: Split = "train"
     videos: str | None = None
@@ -73,6 +74,7 @@ class Settings:
             _one_of("distraction", self.distraction, ("clean", *DISTRACTIONS))
         _whole_number("size", self.size, 8, 4096)
         _whole_number("frame_stack", self.frame_stack, 1, 64)
+        _whole_number("supersample", self.supersample, 1, 16)
         for name in ("action_repeat", "episode_length"):
             if getattr(self, name) is not None:
                 _whole_number(name, getattr(self, name), 1, 1_000_000_000)
@@ -91,6 +93,7 @@ class Settings:
         fixed: dict[str, Any] = {
             "size": protocol.size,
             "frame_stack": protocol.frame_stack,
+            "supersample": 1,
             "action_repeat": protocol.action_repeat_of(spec),
             "camera": protocol.camera_of(spec),
         }

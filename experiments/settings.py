@@ -101,6 +101,7 @@ def protocol_values(name: str | None, env: str) -> dict[str, Any]:
         "action_repeat": protocol.action_repeat_of(spec),
         "camera": protocol.camera_of(spec),
         "quality": "reference",
+        "supersample": 1,
         "encoder": protocol.encoder,
         "updates_per_step": protocol.updates_per_step,
         "batch_size": protocol.batch_size,

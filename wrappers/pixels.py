@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from wrappers.distraction.base import Distraction
+from wrappers.supersampling import Supersampled
 from wrappers.view import View
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Pixels(gymnasium.Wrapper):
         frame_stack: how many pictures an observation holds.
         action_repeat: simulator steps per agent step.
         quality: "reference" or "fast", see the adapter's `view`.
+        supersample: draw this many times larger in both directions and average.
         camera: name or number of the camera; None is the adapter's default.
         distraction: what changes the picture; None leaves it clean.
         foreground_mask: put `info["foreground"]`, bool [size, size], into every info (one extra
@@ -56,6 +58,7 @@ class Pixels(gymnasium.Wrapper):
         frame_stack: int = 3,
         action_repeat: int = 1,
         quality: Literal["reference", "fast"] = "reference",
+        supersample: int = 1,
         camera: str | int | None = None,
         distraction: Distraction | None = None,
         foreground_mask: bool = False,
@@ -67,6 +70,7 @@ class Pixels(gymnasium.Wrapper):
         self._foreground_mask = foreground_mask
         self._view_settings = {"camera": camera, "quality": quality}
         self._size = size
+        self._supersample = supersample
         self._frame_stack = frame_stack
         self._view: View | None = None
         self._rng = np.random.default_rng()
@@ -86,7 +90,9 @@ class Pixels(gymnasium.Wrapper):
         """The picture of the simulator that observations are made from."""
         if self._view is None:
             make_view = self.env.get_wrapper_attr("view")
-            self._view = make_view(self._size, self._size, **self._view_settings)
+            side = self._size * self._supersample
+            fine: View = make_view(side, side, **self._view_settings)
+            self._view = fine if self._supersample == 1 else Supersampled(fine, self._supersample)
         return self._view
 
     def reset(

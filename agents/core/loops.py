@@ -353,10 +353,11 @@ class OffPolicyLoop:
     def _print_line(self, values: Mapping[str, float]) -> None:
         progress = self.state.progress
         left = (self.settings.steps - progress.agent_steps) / values["time/steps_per_second"]
-        episode = values.get("train/episode_return", math.nan)
+        episode = values.get("train/episode_return")
+        shown = "      -" if episode is None else f"{episode:7.1f}"
         self.hooks.line(
             f"step {progress.agent_steps:>8,}  updates {progress.gradient_updates:>8,}  "
-            f"return {episode:7.1f}  {values['time/fps']:6.0f} frames/s  {left / 60:5.1f} min left"
+            f"return {shown}  {values['time/fps']:6.0f} frames/s  {left / 60:5.1f} min left"
         )
 
     def _evaluate(self) -> None:

@@ -56,6 +56,8 @@ class ActorCriticConfig:
     """Discount per agent step."""
     n_step: int = 1
     """Steps of reward before bootstrapping (DrQ-v2 3)."""
+    reward_scale: float = 1.0
+    """Factor on every reward that is learned from (SAC's paper, section 5.2); logged values are in its unit."""
     actor_learning_rate: float = 1e-3
     """Adam step size of the actor (DMControl-GB)."""
     critic_learning_rate: float = 1e-3
@@ -81,6 +83,8 @@ class ActorCriticConfig:
         for name in ("feature_dim", "batch_size", "n_step", "actor_every", "target_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        if not self.reward_scale > 0:
+            raise UserError(f"reward_scale is {self.reward_scale}; give a positive number")
         for name in ("critic_tau", "encoder_tau", "discount", "crop_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number in (0, 1]")
@@ -261,7 +265,7 @@ class ActorCritic(Agent):
         shared = self.config.encoder_tau == 1.0 and self.config.target_every == 1
         target_features = policy_features if shared else self.target.encode(seen)
         value = self.next_value(policy_features, target_features)
-        return td_target(batch.reward, batch.discount, value)
+        return td_target(self.config.reward_scale * batch.reward, batch.discount, value)
 
     def update_target(self) -> None:
         """Move the target critic; its encoder has a rate of its own."""

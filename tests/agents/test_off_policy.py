@@ -1,6 +1,7 @@
 """SAC, DDPG and the methods on them, against their equations."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -302,6 +303,17 @@ def test_impossible_settings_of_one_agent_are_refused(name, field, value):
         small_agent(name, **{field: value})
 
 
+@pytest.mark.parametrize("name", ["drq", "drqv2"])
+def test_scaled_rewards_are_learned_from_like_rewards_of_that_size(name):
+    scaled, plain = small_agent(name, reward_scale=0.125), small_agent(name)
+    for seed in range(3):
+        batch = transitions(seed=seed)
+        scaled.update(batch)
+        plain.update(dataclasses.replace(batch, reward=batch.reward / 8))
+    for ours, theirs in zip(scaled.actor.parameters(), plain.actor.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_no_pad_means_no_shift():
     agent = small_agent("drq", pad=0)
     seen = observation()
@@ -340,7 +352,14 @@ def test_a_random_stream_of_another_device_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("batch_size", 0), ("discount", 1.5), ("n_step", -1), ("critic_tau", 0.0)]
+    ("field", "value"),
+    [
+        ("batch_size", 0),
+        ("discount", 1.5),
+        ("n_step", -1),
+        ("critic_tau", 0.0),
+        ("reward_scale", 0.0),
+    ],
 )
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(UserError, match=field):
