@@ -232,8 +232,8 @@ def peer(seconds: float, task: str = "dmc/cartpole-swingup", size: int = 48) -> 
     table = Table(
         f"Stable-Baselines3's SAC on {task}, {size} x {size}, batch {batch_size}",
         ["", "Sightline sac", "Stable-Baselines3", "Sightline / Stable-Baselines3"],
-        "A training step is one agent step, stored, and one gradient step. Ours: the networks of the CPU preset. Theirs: CnnPolicy "
-        "(NatureCNN), defaults.",
+        "A training step is one agent step, stored, and one gradient step. Ours: the networks of the CPU preset. "
+        "Theirs: CnnPolicy (NatureCNN), defaults.",
     )
     for row, name in (("gradient steps/s", "gradient"), ("training steps/s", "step")):
         mine, other = measured[f"our {name}"], measured[f"their {name}"]

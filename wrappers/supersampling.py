@@ -1,8 +1,9 @@
 """Antialiasing for any view: draw a multiple of the size, then average blocks of pixels.
 
 A pole two pixels thick moves by fractions of a pixel. Without multisampling (`fast` quality) those fractions are lost,
-and with them velocities: from cartpole's 48-pixel frames a network's squared error on the state is 2.1 times smaller
-when they are averages of 4 x 4 pixels, and smaller than from 84 plain pixels, which cost the learner three times as much.
+and with them velocities: a network that reads cartpole's state from 48-pixel frames errs half as much (squared error
+.021 against .045) when they are averages of 4 x 4 pixels, and less than from 84 plain pixels (.028), on which it
+computes three times as long.
 """
 
 from __future__ import annotations
