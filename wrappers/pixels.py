@@ -91,8 +91,8 @@ class Pixels(gymnasium.Wrapper):
         if self._view is None:
             make_view = self.env.get_wrapper_attr("view")
             side = self._size * self._supersample
-            fine: View = make_view(side, side, **self._view_settings)
-            self._view = fine if self._supersample == 1 else Supersampled(fine, self._supersample)
+            view: View = make_view(side, side, **self._view_settings)
+            self._view = Supersampled(view, self._supersample) if self._supersample > 1 else view
         return self._view
 
     def reset(

@@ -73,11 +73,11 @@ def block_sums(fine: np.ndarray, factor: int) -> np.ndarray:
 
     Bytes and booleans sum to uint16 (exact up to a factor of 16), floats to float32.
     """
-    dtype = np.float32 if fine.dtype.kind == "f" else np.uint16
+    dtype: np.dtype = np.dtype(np.float32 if fine.dtype.kind == "f" else np.uint16)
     rows = fine[::factor].astype(dtype)
     for row in range(1, factor):
-        rows += fine[row::factor]
+        np.add(rows, fine[row::factor], out=rows)
     columns = rows[:, ::factor].copy()
     for column in range(1, factor):
-        columns += rows[:, column::factor]
+        np.add(columns, rows[:, column::factor], out=columns)
     return columns

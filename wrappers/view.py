@@ -38,12 +38,15 @@ class View(Protocol):
     Attributes:
         height: pixels.
         width: pixels.
-        parts: the background parts that this scene has, seen from this camera or not.
     """
 
     height: int
     width: int
-    parts: frozenset[Part]
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The background parts that this scene has, seen from this camera or not."""
+        ...
 
     def render(self) -> np.ndarray:
         """Return the picture, uint8 [H, W, 3], a fresh array."""
