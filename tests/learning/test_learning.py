@@ -10,6 +10,7 @@ from agents.off_policy import ddpg, sac
 from tests.learning.training import score, train
 
 STEPS = 1200
+FEW_UPDATES = {"steps": 550, "num_envs": 4}
 LEARNED = 17.0
 NOT_LEARNED = 15.5
 VEILED = {"veil": 0.7, "episodes": 60}
@@ -44,10 +45,12 @@ def test_agents_learn_from_a_state(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if "sgqn" in n else []) for n in sorted(AGENTS)],
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "drqv2-sgqn" else []) for n in sorted(AGENTS)],
 )
 def test_agents_learn_from_pixels(name):
-    assert score(train(name, steps=STEPS)) > LEARNED
+    """SAC's family on half the updates and twice the pictures: 18.5 and more at seed 0, 16.9 and more at 1 and 2."""
+    is_sac = isinstance(AGENTS[name].configs[0], sac.SACConfig)
+    assert score(train(name, **(FEW_UPDATES if is_sac else {"steps": STEPS}))) > LEARNED
 
 
 @pytest.mark.parametrize("name", ["sac", "ddpg"])

@@ -31,13 +31,16 @@ SMALL = {
 RANDOM_STEPS = 200
 
 
-def train(name, *, steps, seed=0, observation="pixels", shuffle_rewards=False, **changes):
+def train(
+    name, *, steps, seed=0, num_envs=1, observation="pixels", shuffle_rewards=False, **changes
+):
     """Train on toy/reach without distraction; returns the agent.
 
     Args:
         name: an agent.
-        steps: environment steps, an update each after the first 200.
+        steps: steps of all environments together; once these have taken 200 among them, each brings an update.
         seed: of everything.
+        num_envs: environments.
         observation: pixels or state.
         shuffle_rewards: store rewards of other moments: nothing can be learned from them.
         **changes: config fields.
@@ -50,10 +53,10 @@ def train(name, *, steps, seed=0, observation="pixels", shuffle_rewards=False, *
         )
         for config in AGENTS[name].configs
     ]
-    vector = envs.make_vec("toy/reach", 1, size=24, seed=seed, observation=observation)
+    vector = envs.make_vec("toy/reach", num_envs, size=24, seed=seed, observation=observation)
     spaces = vector.single_observation_space, vector.single_action_space
     agent = make_agent(name, *spaces, configs=configs, seed=seed)
-    replay = Replay(*spaces, capacity=4000, num_envs=1, seed=seed, log=lambda line: None)
+    replay = Replay(*spaces, capacity=8000, num_envs=num_envs, seed=seed, log=lambda line: None)
     random = np.random.default_rng(seed)
     settings = agent.replay_settings
     seen, _ = vector.reset(seed=seed)
@@ -61,16 +64,17 @@ def train(name, *, steps, seed=0, observation="pixels", shuffle_rewards=False, *
     rewards = [0.0]
     for step in range(steps):
         agent.set_progress(step)
-        if step < RANDOM_STEPS:
-            action = random.uniform(-1, 1, (1, *spaces[1].shape)).astype(np.float32)
+        begun = step * num_envs >= RANDOM_STEPS
+        if not begun:
+            action = random.uniform(-1, 1, (num_envs, *spaces[1].shape)).astype(np.float32)
         else:
             action = agent.act(as_observation(seen, CPU), explore=True)[0]
         seen, reward, terminated, truncated, info = vector.step(action)
-        rewards.append(float(reward[0]))
+        rewards += reward.tolist()
         if shuffle_rewards:
-            reward = np.array([rewards[random.integers(len(rewards))]])
+            reward = np.array([rewards[random.integers(len(rewards))] for _ in reward])
         replay.add(action, reward, terminated, truncated, seen, info.get("final_obs"))
-        if step >= RANDOM_STEPS:
+        if begun:
             batch = replay.sample(
                 settings.batch_size, n_step=settings.n_step, discount=settings.discount
             )
