@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -54,7 +55,8 @@ class Settings:
             seed=int(seed),
             quality=settings._resolved_quality(spec),
             distraction=None if self.distraction == "clean" else self.distraction,
-            videos=None if self.videos is None else str(self.videos),
+            # Absolute: a run may be resumed and evaluated from another folder.
+            videos=str(Path(self.videos).expanduser().resolve()) if self.videos else self.videos,
             action_repeat=settings.action_repeat or spec.action_repeat,
             camera=spec.camera if settings.camera is None else settings.camera,
             episode_length=settings.episode_length or spec.episode_length,

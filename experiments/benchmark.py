@@ -34,6 +34,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
+STOPPED = 130
+"""Exit code of a run that was stopped: it has saved, and the same command goes on."""
+
 RESULT = "benchmark"
 """Name of the evaluation that counts."""
 
@@ -91,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads = ["--threads", str(arguments.threads)] if arguments.threads else []
         with ThreadPoolExecutor(arguments.jobs) as pool:
             codes = pool.map(lambda job: run_job(job, flags, threads, arguments.episodes), jobs)
-            failed = [job.folder for job, code in zip(jobs, codes, strict=True) if code]
+            try:
+                failed = [job.folder for job, code in zip(jobs, codes, strict=True) if code]
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)  # the runs under way save and leave
+                raise
     for folder in failed:
         print(f"failed: {folder}, see {folder}.log", file=sys.stderr)
     collect(jobs, arguments.out)
@@ -115,6 +122,8 @@ def run_job(job: Job, flags: Sequence[str], threads: Sequence[str], episodes: in
         command = []
     if command and (code := _logged(command, log)):
         return code
+    if steps_left(job.folder):
+        return STOPPED
     print(f"{job.agent} on {job.env}, seed {job.seed}: trained", flush=True)
     evaluate = [
         *python, "experiments.evaluate", str(job.folder), "--episodes", str(episodes),

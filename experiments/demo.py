@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 0
     if code:
         return code
+    if steps_left(run):
+        print("stopped; the same command goes on")
+        return 130
     print("\nevaluation under distractions that training never showed")
     evaluate_run(run, episodes=arguments.episodes, overwrite=True)
     page = build_report([run], run / "report", overwrite=True)

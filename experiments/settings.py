@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         # learn the few pictures by heart. DrQ after 5,000 updates on cartpole-swingup, seed 4: 747 and 193.
         "num_envs": 4,
         "updates_per_step": 0.25,
-        # Three steps of reward, values of the size that fresh networks have, and DrQ-v2's horizon (.99 at its action
-        # repeat of 2 is .96 at 8) learn faster: 799 after 5,500 updates, without scale and horizon 503.
+        # Three steps of reward, values of the size that fresh networks have, and DrQ-v2's horizon learn faster: 799
+        # after 5,500 updates, without scale and horizon 503.
         "n_step": 3,
         "reward_scale": 0.1,
         "initial_temperature": 0.01,
-        "discount": 0.96,
         "actor_every": 1,
         "target_every": 1,
         "decoder_channels": (32, 16),
@@ -82,14 +82,29 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values that replace the defaults of the fields they name, in whichever config has them."""
 
+DISCOUNTS = {"cpu": 0.995}
+"""Discounts per control step: DrQ-v2's .99 at its action repeat of 2; .96 at 8."""
+
 
 def find_preset(name: str, device: str) -> dict[str, Any]:
     """Return a preset's values; `auto` is `gpu` on CUDA devices and `cpu` elsewhere."""
+    return PRESETS[_resolve(name, device)]
+
+
+def preset_discount(name: str, device: str, action_repeat: int) -> dict[str, float]:
+    """Return the discount per agent step of a preset that fixes it per control step, cut to two digits."""
+    per_control_step = DISCOUNTS.get(_resolve(name, device))
+    if per_control_step is None:
+        return {}
+    return {"discount": math.floor(100 * per_control_step**action_repeat) / 100}
+
+
+def _resolve(name: str, device: str) -> str:
     if name == "auto":
         name = "gpu" if device.startswith("cuda") else "cpu"
     if name not in PRESETS:
         raise UserError.unknown("preset", name, ["auto", *PRESETS])
-    return PRESETS[name]
+    return name
 
 
 def protocol_values(name: str | None, env: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python -m experiments.train --agent sgqn --env dmc/cartpole-swingup
     python -m experiments.train --agent drqv2 --env dmc/walker-walk --protocol drqv2 --device cuda
-    python -m experiments.train --resume runs/dmc-cartpole-swingup/sgqn-seed1 --steps 26000
+    python -m experiments.train --resume runs/dmc-cartpole-swingup/sgqn-seed1 --steps 60000
 
 Every field of the agent's config is a flag; `--help` shows those of the agent that `--agent` names. Values come from
 the dataclasses' defaults, then --preset, then --protocol, then the flags given. A run folder holds everything: config,
@@ -34,6 +34,7 @@ from experiments.settings import (
     VectorSettings,
     check_device,
     find_preset,
+    preset_discount,
     protocol_values,
 )
 
@@ -116,13 +117,16 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
             )
     # A protocol's numbers are published ones: nothing is cut to fit a small machine unless asked for.
     auto = "gpu" if protocol else "auto"
-    preset = find_preset(auto if given["preset"] == "auto" else given["preset"], device)
+    name = auto if given["preset"] == "auto" else given["preset"]
+    preset = find_preset(name, device)
     sources = (preset, protocol, given)
     seed, seeds = spawn_seeds(given["seed"])
     task = fill(
         Settings(given["env"]), *({k: v for k, v in s.items() if k != "seed"} for s in sources)
     )
     task = fill(task, {"seed": seeds["environment"]}).resolved()
+    assert task.action_repeat is not None
+    sources = (preset | preset_discount(name, device, task.action_repeat), protocol, given)
     loop = fill(LoopSettings(), *sources)
     vector = fill(VectorSettings(), *sources)
     configs = [fill(config, *sources) for config in find(given["agent"]).configs]

@@ -176,9 +176,7 @@ class OffPolicyLoop:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 save_tree(folder, "environments", self.envs.get_state())  # type: ignore[attr-defined]
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
+        except (TypeError, ValueError, AttributeError, NotImplementedError, UserError) as error:
             said = " ".join(str(error).split())
             why = said if hasattr(error, "exit_code") else f"{type(error).__name__}: {said}"
             raise UserError(

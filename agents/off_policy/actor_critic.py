@@ -8,6 +8,7 @@ one encoder pass), moving averages, the method's auxiliary step.
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,13 +84,13 @@ class ActorCriticConfig:
         for name in ("feature_dim", "batch_size", "n_step", "actor_every", "target_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
-        if not self.reward_scale > 0:
+        if not 0 < self.reward_scale < math.inf:
             raise UserError(f"reward_scale is {self.reward_scale}; give a positive number")
         for name in ("critic_tau", "encoder_tau", "discount", "crop_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number in (0, 1]")
         for name, value in vars(self).items():
-            if name.endswith("learning_rate") and not value > 0:
+            if name.endswith("learning_rate") and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}; give a positive number")
         if not self.critic_weight_decay >= 0:
             raise UserError(f"critic_weight_decay is {self.critic_weight_decay}; give 0 or more")

@@ -359,6 +359,8 @@ def test_a_random_stream_of_another_device_is_refused():
         ("n_step", -1),
         ("critic_tau", 0.0),
         ("reward_scale", 0.0),
+        ("reward_scale", float("inf")),
+        ("actor_learning_rate", float("inf")),
     ],
 )
 def test_impossible_settings_are_refused(field, value):

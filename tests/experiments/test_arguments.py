@@ -122,6 +122,16 @@ def test_flags_win_over_the_protocol_over_the_preset_over_the_defaults() -> None
     assert (agent["batch_size"], agent["hidden"]) == (8, [9])
 
 
+@pytest.mark.parametrize(
+    ("task", "discount"), [("cartpole-swingup", 0.96), ("walker-walk", 0.98), ("finger-spin", 0.99)]
+)
+def test_the_cpu_presets_discount_follows_the_action_repeat(task: str, discount: float) -> None:
+    config = configure(f"--env dmc/{task} --device cpu --preset cpu")
+    assert config["configs"]["DDPGConfig"]["discount"] == discount
+    given = configure(f"--env dmc/{task} --device cpu --preset cpu --discount 0.9")
+    assert given["configs"]["DDPGConfig"]["discount"] == 0.9
+
+
 def test_what_a_protocol_fixes_is_not_changed_silently() -> None:
     words = "--env dmc/walker-walk --device cpu --protocol dmc-gb"
     published = configure(words)["configs"]["DDPGConfig"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import benchmark
 from experiments.benchmark import main
 
 
@@ -52,3 +53,14 @@ def test_unknown_agents_and_tasks_are_refused_before_anything_runs(
     assert "did you mean sgqn" in capsys.readouterr().err
     assert main(["--agents", "sgqn", "--envs", "dmc/walker-wak"]) == 2
     assert "dmc/walker-walk" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_is_not_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(benchmark, "_logged", lambda command, log: asked.append(command[2]) or 0)
+    monkeypatch.setattr(benchmark, "steps_left", lambda run: 5)
+    job = benchmark.Job("drq", "toy/reach", 1, tmp_path / "run")
+    assert benchmark.run_job(job, [], [], episodes=2) == benchmark.STOPPED
+    assert asked == ["experiments.train"]

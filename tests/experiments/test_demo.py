@@ -12,7 +12,7 @@ from experiments.demo import main, steps_left
 
 
 def test_the_demo_trains_evaluates_reports_and_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "demo"
     words = ["--run-dir", str(run), "--env", "toy/reach", "--preset", "debug", "--episodes", "2"]
@@ -28,6 +28,9 @@ def test_the_demo_trains_evaluates_reports_and_goes_on(
 
     shutil.rmtree(run / "checkpoints" / "step-000000400")
     assert steps_left(run) == 200
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.train.main", lambda words: 0)  # as if a signal had stopped it
+        assert main(words) == 130, "a run that was stopped is not evaluated"
     assert main(words) == 0
     assert "going on with" in capsys.readouterr().out
     assert steps_left(run) == 0

@@ -45,7 +45,10 @@ def test_agents_learn_from_a_state(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n == "drqv2-sgqn" else []) for n in sorted(AGENTS)],
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n == "drqv2-sgqn" else [])
+        for n in sorted(AGENTS)
+    ],
 )
 def test_agents_learn_from_pixels(name):
     """SAC's family on half the updates and twice the pictures: 18.5 and more at seed 0, 16.9 and more at 1 and 2."""
