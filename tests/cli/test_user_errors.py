@@ -344,7 +344,10 @@ def test_with_every_checkpoint_truncated_nothing_is_resumed_and_nothing_lost(
         ("--episodes 0", "--episodes and --num-envs must be at least 1"),
         ("--episode 3", "did you mean --episodes"),
         ("--split tset", "choose from 'train', 'validation', 'test'"),
-        ("--distractions video_easy --videos missing --workers 0", "missing'; give a folder of videos"),
+        (
+            "--distractions video_easy --videos missing --workers 0",
+            "missing'; give a folder of videos",
+        ),
     ],
 )
 def test_evaluate_refuses_bad_flags_and_writes_nothing(
