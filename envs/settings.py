@@ -12,7 +12,7 @@ import numpy as np
 from envs.registry import TaskSpec, get_protocol, get_spec
 from envs.rendering import resolve_quality
 from wrappers.distraction.base import SPLITS, Split
-from wrappers.distraction.presets import DISTRACTIONS
+from wrappers.distraction.presets import DISTRACTIONS, find_videos
 from wrappers.errors import UserError
 
 Observation = Literal["pixels", "state", "both"]
@@ -62,6 +62,7 @@ class Settings:
             episode_length=settings.episode_length or spec.episode_length,
         )
         settings._warn_if_nothing_changes(spec)
+        settings._check_videos()
         return settings
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,6 +87,18 @@ class Settings:
             isinstance(self.camera, bool) or not isinstance(self.camera, str | int)
         ):
             raise UserError(f"camera is {self.camera!r}; expected a camera's name or number")
+
+    def _check_videos(self) -> None:
+        """Look into the folder of videos, used or not: an evaluation may want it hours later."""
+        if self.videos is None:
+            return
+        empty = find_videos(self.videos).empty_splits()
+        if empty and self.split == "train":
+            warnings.warn(
+                f"no video in '{self.videos}' belongs to split {' or '.join(map(repr, empty))}, so that nothing can "
+                f"be drawn from there: give more, about 30 fill every split, or put some into '{empty[0]}/'",
+                stacklevel=4,
+            )
 
     def _with_protocol(self, spec: TaskSpec) -> Settings:
         """Return the settings with what the protocol fixes; contradicting it is an error."""

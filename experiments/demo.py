@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
@@ -21,15 +22,21 @@ from experiments.arguments import Parser, run_command
 from experiments.evaluate import evaluate_run
 from experiments.report import build_report
 
+DEFAULTS = {
+    "agent": ("sgqn", "agent"),
+    "env": ("dmc/cartpole-swingup", "task"),
+    "preset": ("cpu", "preset of the training command"),
+    "seed": (1, "seed of everything"),
+}
+"""What a new run is trained with: value and meaning by flag."""
+
 
 def parser() -> Parser:
     """Return the command's parser."""
     p = Parser(prog="python -m experiments.demo", description=__doc__)
     p.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="run folder [runs/demo]")
-    p.add_argument("--agent", default="sgqn", help="agent [sgqn]")
-    p.add_argument("--env", default="dmc/cartpole-swingup", help="task [dmc/cartpole-swingup]")
-    p.add_argument("--preset", default="cpu", help="preset of the training command [cpu]")
-    p.add_argument("--seed", type=int, default=1, help="seed of everything [1]")
+    for name, (value, meaning) in DEFAULTS.items():
+        p.add_argument(f"--{name}", type=type(value), help=f"{meaning} [{value}]")
     p.add_argument("--episodes", type=int, default=10, help="episodes per distraction [10]")
     return p
 
@@ -41,9 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.episodes < 1:
         raise UserError(f"--episodes is {arguments.episodes}; give at least 1")
     run = arguments.run_dir
-    flags = ["--agent", arguments.agent, "--env", arguments.env, "--preset", arguments.preset]
-    if not (run / "config.json").exists():
-        code = train.main([*flags, "--seed", str(arguments.seed), "--run-dir", str(run)])
+    given = {name: getattr(arguments, name) for name in DEFAULTS}
+    is_new = not (run / "config.json").exists()
+    if not is_new:
+        check_same(run, given)
+    if is_new:
+        flags = [
+            word
+            for name, (value, _) in DEFAULTS.items()
+            for word in (f"--{name}", str(value if given[name] is None else given[name]))
+        ]
+        code = train.main([*flags, "--run-dir", str(run)])
     elif steps_left(run):
         print(f"going on with {run}")
         code = train.main(["--resume", str(run)])
@@ -60,6 +75,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = build_report([run], run / "report", overwrite=True)
     print(f"\nreport: {page.resolve()}\ncurves: tensorboard --logdir {run}")
     return 0
+
+
+def check_same(run: Path, given: dict[str, Any]) -> None:
+    """Refuse flags that would make the run in the folder another one.
+
+    Raises:
+        UserError: names the first flag that differs.
+    """
+    config = read_config(run)
+    own = {
+        "agent": config["agent"],
+        "env": config["env"]["id"],
+        "preset": config["preset"],
+        "seed": config["train"]["seed"],
+    }
+    for name, value in given.items():
+        if value is not None and value != own[name]:
+            raise UserError(
+                f"--{name} is {value}, but the run in '{run}' has {own[name]}; "
+                "give another --run-dir, or remove that one"
+            )
 
 
 def steps_left(run: Path) -> int:

@@ -15,6 +15,8 @@ import envs
 from agents import make_agent
 from agents.core.agent import Agent, as_observation
 from agents.core.checkpoints import CheckpointStore
+from agents.core.errors import UserError
+from agents.core.fields import free_bytes
 from agents.core.logging import Logger, Progress
 from agents.core.loops import Hooks, LoopSettings, OffPolicyLoop
 from agents.core.replay import Batch, Replay
@@ -67,6 +69,7 @@ class Session:
             seed=seeds["replay"],
         )
         self.agent = self.make_agent(seeds["agent"])
+        check_batch(self.agent.replay_settings.batch_size, space, config["device"])
         self.checkpoints = CheckpointStore(
             self.run, keep=self.settings.keep_checkpoints, identity=run_identity(config)
         )
@@ -130,7 +133,12 @@ class Session:
         if self._evaluation_envs is None:
             keywords = {**self.config["env"], "seed": self.evaluation_seed}
             workers = min(self.config["vector"]["workers"], episodes)
-            self._evaluation_envs = envs.make_vec(num_envs=episodes, workers=workers, **keywords)
+            self._evaluation_envs = envs.make_vec(
+                num_envs=episodes,
+                workers=workers,
+                timeout=self.config["vector"]["timeout"],
+                **keywords,
+            )
         device = self.config["device"]
 
         def act(observation: Any) -> np.ndarray:
@@ -170,6 +178,9 @@ class Session:
                     torch.set_num_threads(count)
                     seconds[count] = _seconds_per_call(update, calls=8, warmup=2)
                 threads = min(seconds, key=seconds.__getitem__)
+                print(
+                    f"threads: {threads}, the faster of {most} and 1; --threads {threads} repeats this run exactly"
+                )
             self.config["threads"] = threads
         torch.set_num_threads(threads)
 
@@ -180,7 +191,7 @@ class Session:
         return lambda: twin.update(batch)
 
     def estimate(self) -> str:
-        """Return one line on the time, memory and disk that the rest of the run will take.
+        """Return one line on the time, memory and disk that the rest of the run will take, evaluations included.
 
         Time is measured on a twin of the agent and fresh environments, so that nothing of the run is touched.
         """
@@ -193,6 +204,7 @@ class Session:
         )
         probe.close()
         seconds = left * (self.settings.updates_per_step * update + step)
+        seconds += self._evaluations_left(left) * self._episode_steps() * step
         rows = min(self.settings.replay_capacity, self.settings.steps)
         bytes_per_row = self.replay.nbytes / (self.replay.ring * self.replay.num_envs)
         weights = sum(
@@ -209,6 +221,16 @@ class Session:
             f"{disk / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)"
         )
 
+    def _evaluations_left(self, steps: int) -> int:
+        """Return how many episodes of evaluation lie in the next `steps` agent steps."""
+        every = self.settings.eval_every
+        return steps // every * self.settings.eval_episodes if every else 0
+
+    def _episode_steps(self) -> int:
+        """Return the agent steps of an episode that runs to its time limit; 0 where the task does not say."""
+        length = self.config["env"]["episode_length"] or 0
+        return -(-length // self.config["env"]["action_repeat"])
+
     def close(self) -> None:
         """Close environments and logger."""
         self.envs.close()
@@ -218,6 +240,22 @@ class Session:
 
     def _render_seconds(self) -> float:
         return float(sum(self.envs.call("render_seconds")))
+
+
+def check_batch(batch_size: int, space: Any, device: str) -> None:
+    """Refuse a batch whose observations alone, as floating point numbers, would not fit the memory.
+
+    Raises:
+        UserError: names the size that was asked for.
+    """
+    boxes = space.spaces.values() if hasattr(space, "spaces") else (space,)
+    nbytes = 2 * batch_size * sum(4 * int(np.prod(box.shape)) for box in boxes)  # and the next ones
+    free = free_bytes("device" if device != "cpu" else "ram", torch.device(device), None)
+    if nbytes > free:
+        raise UserError(
+            f"a batch of {batch_size:,} needs {nbytes / 1e9:.1f} GB for its observations alone, "
+            f"{free / 1e9:.1f} GB are free; lower --batch-size"
+        )
 
 
 def _random_batch(vector: Any, batch_size: int, device: str) -> Batch:

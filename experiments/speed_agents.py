@@ -26,8 +26,8 @@ from experiments.speed_timing import Table, interleave, rates
 
 BATCH = 128
 AGENTS = ("sac", "drq", "drqv2", "svea", "sgqn", "drqv2-sgqn")
-BASES = {"sgqn": "drq", "drqv2-sgqn": "drqv2"}
-"""SGQN's agents and the same base without it."""
+COMPARED = (("sgqn", "drq"), ("drqv2-sgqn", "drqv2"), ("sgqn", "drqv2"))
+"""SGQN's agents and the same base without it; at last SGQN and the agent that it is usually compared with."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32", "channels_last": False},
     "fp32 NHWC": {"precision": "fp32", "channels_last": True},
@@ -140,14 +140,15 @@ def updates(seconds: float, device: str = "cpu", agents: Sequence[str] = AGENTS)
         f"The floor is what an update's convolutions and matrix products would take at the {speed / 1e9:,.0f} GFLOP/s "
         "that a product of 2048 x 2048 matrices reaches here.",
     )
-    ratios = Table("SGQN's update over its base's", ["agent", "base", *settings])
+    ratios = Table("What an update with SGQN takes, over one without", ["agent", "over", *settings])
     for agent in agents:
         own = [1 / times[f"{agent}, {name}"] for name in settings]
         floor = speed / _flops(made[f"{agent}, {chosen}"], batch)
         table.rows.append([agent, *own, own[-1] / own[0], floor, own[-1] / floor])
-        if (base := BASES.get(agent)) in agents:
+    for agent, base in COMPARED:
+        if agent in agents and base in agents:
             costs = [times[f"{agent}, {name}"] / times[f"{base}, {name}"] for name in settings]
-            ratios.rows.append([agent, str(base), *costs])
+            ratios.rows.append([agent, base, *costs])
     return [table, ratios] if ratios.rows else [table]
 
 

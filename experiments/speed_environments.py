@@ -176,8 +176,10 @@ def distractions(seconds: float, task: str = "dmc/walker-walk") -> list[Table]:
     )
     with ExitStack() as stack:
         calls: dict[str, Callable[[], object]] = {}
-        for name in DISTRACTIONS:
-            env = envs.make(task, distraction=name, quality="fast", size=SIZE, seed=0)
+        settings: dict[str, dict[str, Any]] = {name: {"distraction": name} for name in DISTRACTIONS}
+        settings["clean, supersample 4"] = {"supersample": 4}
+        for name, own in settings.items():
+            env = envs.make(task, quality="fast", size=SIZE, seed=0, **own)
             stack.enter_context(closing(env)).reset()
             calls[name] = _picture(env)
         measured = interleave(calls, seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ RESUMABLE = (
     "eval_episodes",
     "checkpoint_every",
     "keep_checkpoints",
+    "exact_resume",
 )
 """What --resume may change; everything else would make the run another one."""
 
@@ -115,6 +117,13 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
                 f"{name} is {given[name]}, but protocol '{given['protocol']}' fixes {protocol[name]}; "
                 f"leave out --{name.replace('_', '-')} or the protocol"
             )
+    quality = given.get("quality", protocol.get("quality"))
+    if protocol and quality != protocol["quality"]:
+        warnings.warn(
+            f"quality {quality} draws other pixels than those behind the numbers of protocol "
+            f"'{given['protocol']}', which has {protocol['quality']}: do not compare with them",
+            stacklevel=2,
+        )
     # A protocol's numbers are published ones: nothing is cut to fit a small machine unless asked for.
     auto = "gpu" if protocol else "auto"
     name = auto if given["preset"] == "auto" else given["preset"]
@@ -152,7 +161,7 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     """
     run = given["resume"]
     config = read_config(run)
-    allowed = {"--resume", "--device", "--threads"} | {
+    allowed = {"--resume", "--device", "--threads", "--no-exact-resume"} | {
         f"--{n.replace('_', '-')}" for n in RESUMABLE
     }
     for argument in argv:

@@ -151,7 +151,7 @@ class OffPolicyLoop:
         self.state = LoopState.from_tree(parts["loop"], parts["progress"])
         self.random.bit_generator.state = parts["random"]
         self._saved = steps = self.state.progress.agent_steps
-        if "environments" in parts:
+        if self.settings.exact_resume and "environments" in parts:
             self.envs.set_state(parts["environments"])  # type: ignore[attr-defined]
             self.observation = parts["observation"]
         else:  # other episodes than the earlier parts of the run began with
@@ -172,11 +172,16 @@ class OffPolicyLoop:
         self.replay.start(self.observation)
 
     def _check_state(self) -> None:
-        """Save the environments' states once, aside: a task without would fail at its first checkpoint, hours later."""
+        """Save and restore the environments' states once: without them the first checkpoint would fail, hours later.
+
+        Any error is caught: what third parties raise is theirs to choose.
+        """
         try:
+            state = self.envs.get_state()  # type: ignore[attr-defined]
             with tempfile.TemporaryDirectory() as folder:
-                save_tree(folder, "environments", self.envs.get_state())  # type: ignore[attr-defined]
-        except (TypeError, ValueError, AttributeError, NotImplementedError, UserError) as error:
+                save_tree(folder, "environments", state)
+            self.envs.set_state(state)  # type: ignore[attr-defined]
+        except Exception as error:
             said = " ".join(str(error).split())
             why = said if hasattr(error, "exit_code") else f"{type(error).__name__}: {said}"
             raise UserError(
@@ -199,7 +204,14 @@ class OffPolicyLoop:
             smoothing=0.05,
         )
         while progress.agent_steps < settings.steps and not self.hooks.stop():
-            self._step()
+            try:
+                self._step()
+            except (
+                UserError
+            ):  # such as a video that cannot be read: the environments are in the middle of a step
+                if self._saved != progress.agent_steps:
+                    self.save(environments=False)
+                raise
             progress.wall_seconds = time.perf_counter() - self._started
             bar.update(progress.agent_steps - bar.n)
             if self._due(settings.log_every):
@@ -215,8 +227,12 @@ class OffPolicyLoop:
         bar.close()
         return self.state
 
-    def save(self) -> None:
-        """Write a checkpoint; a state that is not finite is never written."""
+    def save(self, *, environments: bool = True) -> None:
+        """Write a checkpoint; a state that is not finite is never written.
+
+        Args:
+            environments: keep their states too, if the settings say so; without, a resumed run begins new episodes.
+        """
         self._check_finite()
         self.logger.flush()
         parts = {
@@ -225,7 +241,7 @@ class OffPolicyLoop:
             "loop": self.state.to_tree(),
             "random": self.random.bit_generator.state,
         }
-        if self.settings.exact_resume:
+        if environments and self.settings.exact_resume:
             parts["environments"] = self.envs.get_state()  # type: ignore[attr-defined]
             parts["observation"] = self.observation
         self.checkpoints.save(self.state.progress.agent_steps, parts, self.replay)
@@ -236,6 +252,11 @@ class OffPolicyLoop:
         progress = self.state.progress
         clock = time.perf_counter()
         action = self._choose()
+        if not np.isfinite(action).all():
+            raise DivergedError(
+                f"the agent's action is not finite at agent step {progress.agent_steps}; training stops, the last "
+                "checkpoint is kept (lower a learning rate, or use --precision fp32)"
+            )
         self._seconds["act"] += time.perf_counter() - clock
         clock = time.perf_counter()
         self.envs.step_async(action)  # type: ignore[attr-defined]

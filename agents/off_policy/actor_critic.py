@@ -30,7 +30,7 @@ from agents.core.errors import UserError
 from agents.core.fields import observation_boxes
 from agents.core.networks import Trunk, TwinQ, gradient_norm, polyak_update
 from agents.core.replay import Batch
-from agents.off_policy.critic_methods import CriticMethod, MethodConfig
+from agents.off_policy.critic_methods import CriticMethod, MethodConfig, newest_frames
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -275,21 +275,29 @@ class ActorCritic(Agent):
         polyak_update(self.target.trunk, self.critic.trunk, self.config.critic_tau)
         polyak_update(self.target.q, self.critic.q, self.config.critic_tau)
 
-    def augment(self, observation: Observation) -> dict[str, Tensor]:
-        """Apply the weak augmentation to the pixels."""
+    def augment(
+        self, observation: Observation, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Apply the weak augmentation to the pixels, drawn from the agent's own generator by default."""
+        generator = generator or self.generator
         seen = dict(observation)
         if "pixels" in seen:
             if self.config.augmentation == "shift":
-                seen["pixels"] = random_shift(seen["pixels"], self.generator, self.pad)
+                seen["pixels"] = random_shift(seen["pixels"], generator, self.pad)
             elif self.config.augmentation == "crop":
-                seen["pixels"] = random_crop(seen["pixels"], self.generator, self.crop)
+                seen["pixels"] = random_crop(seen["pixels"], generator, self.crop)
         return seen
 
     def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
-        """Return the method's view of a batch: saliency over frames, and augmentations."""
+        """Return what a batch looks like: saliency over frames, and the pictures that the critic is trained on."""
         if "pixels" not in observation:
             return {}
-        return self.method.images(self.critic, self._center(observation), action)
+        pictures = self.method.images(self.critic, self._center(observation), action)
+        if self.config.augmentation != "none" and "augmentation" not in pictures:
+            # A generator of its own: drawing a picture must not move the training's random stream.
+            generator = torch.Generator(self.device).manual_seed(0)
+            pictures["augmentation"] = newest_frames(self.augment(observation, generator)["pixels"])
+        return pictures
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the modules to save, by name."""

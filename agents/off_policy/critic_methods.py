@@ -132,3 +132,9 @@ def overlay_grid(pixels: Tensor, saliency: Tensor, samples: int = 4) -> np.ndarr
     both = np.clip(0.45 * gray * (1 - heat) + hot, 0, 1)
     rows = np.concatenate([frames, np.repeat(heat, 3, -1), both], axis=2)
     return (rows.reshape(-1, *rows.shape[2:]) * 255).round().astype(np.uint8)
+
+
+def newest_frames(pixels: Tensor, samples: int = 4) -> np.ndarray:
+    """Return the newest frame of the first samples side by side, uint8 [H, n*W, 3]."""
+    frames = pixels[:samples, -3:].clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return np.concatenate(list(frames.transpose(0, 2, 3, 1)), axis=1)

@@ -22,7 +22,13 @@ from agents.core.agent import Observation
 from agents.core.augmentations import StrongAugmentation, overlay, random_convolution
 from agents.core.errors import UserError
 from agents.core.overlays import OverlayImages
-from agents.off_policy.critic_methods import CriticLoss, CriticMethod, MethodConfig, td_loss
+from agents.off_policy.critic_methods import (
+    CriticLoss,
+    CriticMethod,
+    MethodConfig,
+    newest_frames,
+    td_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,5 @@ class SVEA(CriticMethod):
         pictures = super().images(critic, observation, action)
         # A generator of its own: drawing a picture must not move the training's random stream.
         generator = torch.Generator(action.device).manual_seed(0)
-        strong = self.view(observation, generator)["pixels"][:4, -3:]
-        frames = strong.clamp(0, 255).to(torch.uint8).cpu().numpy().transpose(0, 2, 3, 1)
-        pictures["augmentation"] = np.concatenate(list(frames), axis=1)
+        pictures["augmentation"] = newest_frames(self.view(observation, generator)["pixels"])
         return pictures

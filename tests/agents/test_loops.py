@@ -359,6 +359,59 @@ def test_without_exact_resume_a_resumed_run_begins_new_episodes(tmp_path: Path) 
     torch.testing.assert_close(following[:, 0], seen[:, 0])
 
 
+class Fragile(Counting):
+    """Its state can be read, not restored."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        raise RuntimeError("read only")
+
+
+def test_a_state_that_cannot_be_restored_is_said_before_training_begins(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\(RuntimeError: read only\); add --no-exact-resume"):
+        make_loop(tmp_path, Fragile()).run()
+
+
+def test_environments_that_cannot_be_restored_any_more_can_be_left_behind(tmp_path: Path) -> None:
+    first = make_loop(tmp_path, steps=24)
+    first.run()
+    second = make_loop(tmp_path, Fragile(), steps=40, exact_resume=False)
+    second.resume(second.checkpoints.load(replay=second.replay))
+    assert second.run().progress.agent_steps == 40
+
+
+class Torn(Counting):
+    """A film tears in the fourteenth step."""
+
+    def step_wait(self) -> Any:
+        if len(self.actions) == 14:
+            raise UserError("cannot read 'film.mp4'")
+        return super().step_wait()
+
+
+def test_a_mistake_found_in_mid_training_loses_nothing(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, Torn(), steps=60, checkpoint_every=20)
+    with pytest.raises(UserError, match=r"film\.mp4"):
+        loop.run()
+    newest = loop.checkpoints.latest()
+    assert newest is not None
+    assert newest.name == "step-000000026", "thirteen whole steps of two environments"
+    again = make_loop(tmp_path, steps=60)
+    parts = again.checkpoints.load(replay=again.replay)
+    assert "environments" not in parts, "these were in the middle of a step"
+    again.resume(parts)
+    assert again.run().progress.agent_steps == 60
+    assert len(again.replay) == 60
+
+
+def test_an_action_that_is_not_finite_is_named_before_it_is_sent(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, random_steps=0)
+    bad = np.full((ENVS, 3), np.nan, np.float32)
+    loop.agent.act = lambda *_, explore: (bad, None, {})  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="action is not finite at agent step 0"):
+        loop.run()
+    assert loop.envs.actions == []
+
+
 @pytest.mark.parametrize(("log_every", "noticed"), [(4, 28), (1000, 32)])
 def test_a_loss_that_is_not_finite_is_named_and_the_last_checkpoint_kept(
     log_every: int, noticed: int, tmp_path: Path

@@ -260,14 +260,14 @@ def test_bf16_and_channels_last_stay_close_to_fp32():
     assert losses["bf16", True] == pytest.approx(reference, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["sgqn", "svea", "rad"])
+@pytest.mark.parametrize("name", ["sgqn", "svea", "rad", "drqv2"])
 def test_pictures_for_the_log_do_not_move_any_random_stream(name):
     agent = small_agent(name)
     before = agent.generator.get_state()
     pictures = agent.images(observation(), torch.zeros(8, 2))
     assert torch.equal(agent.generator.get_state(), before)
     assert all(p.dtype == np.uint8 and p.ndim == 3 for p in pictures.values())
-    assert "saliency" in pictures
+    assert {"saliency", "augmentation"} <= pictures.keys()
 
 
 def test_rad_acts_on_the_center_and_learns_from_crops():

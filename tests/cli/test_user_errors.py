@@ -20,8 +20,9 @@ import agents.core.fields
 from agents import Policy
 from agents.core.errors import UserError
 from agents.policy import read_config
+from experiments.demo import main as demo
 from experiments.evaluate import main as evaluate
-from experiments.train import main
+from experiments.train import main, new_config, parser
 from tests.experiments.helpers import arguments, final_state, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +161,30 @@ def test_too_little_memory_is_said_before_anything_is_allocated(
     assert "ram has 0.00 GB free" in line
     assert "lower --replay-capacity" in line
     assert not (tmp_path / "new").exists()
+
+
+def test_a_batch_that_no_memory_holds_is_refused(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    words = arguments("drq", "toy/reach", tmp_path / "new", steps=20, batch_size=10**9)
+    assert "lower --batch-size" in refused(*words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_demo_refuses_flags_of_another_run_than_its_folder_holds(
+    run: Path, refused: Callable[..., str]
+) -> None:
+    before = contents(run)
+    line = refused("--run-dir", run, "--agent", "svea", command=demo)
+    assert "--agent is svea, but the run in" in line
+    assert "has drq" in line
+    assert contents(run) == before
+
+
+def test_another_quality_than_the_protocols_is_warned_of() -> None:
+    words = ["--env", "dmc/walker-walk", "--protocol", "dmc-gb", "--quality", "fast"]
+    with pytest.warns(UserWarning, match="quality fast draws other pixels"):
+        new_config(vars(parser("sgqn").parse_args(words)))
 
 
 def test_an_existing_run_folder_is_never_written_to(

@@ -7,10 +7,12 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+from PIL import Image
 
 import envs
 from envs import registry
@@ -223,6 +225,7 @@ def test_gymnasium_makes_a_simulators_task() -> None:
         ),
         ({"distraction": "video_hard", "videos": "/no/such/folder"}, "/no/such/folder"),
         ({"distraction": "video_hard", "videos": ""}, "no video folder ''; give a folder"),
+        ({"videos": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
 def test_a_wrong_argument_is_told_in_one_line(arguments: dict, message: str) -> None:
@@ -244,6 +247,16 @@ def test_a_distraction_that_changes_nothing_is_told(
 ) -> None:
     with pytest.warns(UserWarning, match=message):
         envs.make(id, distraction=distraction, **SMALL)
+
+
+def test_a_folder_that_cannot_serve_an_evaluation_is_told_when_training_starts(
+    tmp_path: Path,
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "train" / "0.png")
+    with pytest.warns(UserWarning, match="belongs to split 'validation' or 'test'"):
+        envs.make("toy/reach", distraction="video_hard", videos=tmp_path, size=24)
 
 
 @pytest.mark.parametrize(

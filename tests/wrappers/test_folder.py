@@ -126,6 +126,14 @@ def test_subfolders_named_after_splits_decide(tmp_path: Path) -> None:
     assert folder.open("train/one.png", 8, 8).length == 1
 
 
+def test_masks_of_davis_are_no_videos(tmp_path: Path) -> None:
+    for kind in ("JPEGImages", "Annotations"):
+        write_image(tmp_path / kind / "480p" / "bear" / "0.png", (0, 0, 0))
+    folder = VideoFolder(tmp_path)
+    assert list(contents(folder)) == ["JPEGImages/480p/bear"]
+    assert len(folder.empty_splits()) == 2
+
+
 def test_draws_stay_in_their_split(tmp_path: Path) -> None:
     for number in range(30):
         write_image(tmp_path / f"{number}.png", (number, 0, 0), size=(8, 8))

@@ -1,12 +1,14 @@
 """One's own videos as backgrounds: a folder of video files, of folders of frames, or of pictures.
 
 Fits DAVIS (`JPEGImages/480p/<video>/00000.jpg`: a folder of frames is a video), RealEstate10K and
-the videos of DMC-GB (a tree of mp4 files), and loose pictures (each stands still). Files are
-decoded once, at the size that the agent sees, and kept within a bound on memory.
+the videos of DMC-GB (a tree of mp4 files), and loose pictures (each stands still). Folders
+named `Annotations` (DAVIS's masks) are left out. Files are decoded once, at the size that the agent
+sees, and kept within a bound on memory.
 
 To which split a video belongs is decided by its name alone, so that a folder may grow and no video
 that was trained on ever becomes one to test on: in a subfolder `train`, `validation` or `test` it is
-that one's (RealEstate10K comes so), elsewhere a hash of its path below the folder decides.
+that one's (RealEstate10K comes so), elsewhere a hash of its path below the folder decides: give
+the same folder to training and to evaluation.
 """
 
 from __future__ import annotations
@@ -96,6 +98,10 @@ class VideoFolder:
             )
         return self._names[split]
 
+    def empty_splits(self) -> list[Split]:
+        """Return the splits without videos."""
+        return [split for split in SPLITS if not self._names[split]]
+
     def draw(self, rng: np.random.Generator, split: Split) -> str:
         """Draw one of the split's videos."""
         names = self.names(split)
@@ -145,6 +151,8 @@ def _find_videos(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     for path in sorted(folder.rglob("*")):
         kind = path.suffix.lower()
         if path.name.startswith(".") or not path.is_file():
+            continue
+        if "Annotations" in path.relative_to(folder).parts:  # DAVIS's masks beside its pictures
             continue
         if kind in VIDEO_FILES | IMAGE_FILES and not _is_whole(path):
             raise _broken(path, "it is empty or cut off")

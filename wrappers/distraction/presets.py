@@ -24,11 +24,20 @@ Videos = str | Path | None
 def _video(hidden: frozenset[Part], split: Split, videos: Videos) -> VideoBackground:
     if videos is None:
         return VideoBackground(ProceduralVideos(), hidden, split)
-    folder = Path(videos).expanduser()
-    changed = folder.stat().st_mtime_ns if folder.is_dir() else 0
-    source = _shared_folder(videos, folder.resolve(), changed)
+    source = find_videos(videos)
     source.names(split)  # tells of a split without videos now
     return VideoBackground(source, hidden, split)
+
+
+def find_videos(videos: str | Path) -> VideoFolder:
+    """Return the source of a folder's videos, the same one each time in a process.
+
+    Raises:
+        UserError: see `VideoFolder`.
+    """
+    folder = Path(videos).expanduser()
+    changed = folder.stat().st_mtime_ns if folder.is_dir() else 0
+    return _shared_folder(videos, folder.resolve(), changed)
 
 
 @functools.lru_cache(maxsize=4)
