@@ -83,16 +83,18 @@ def train(
     return agent
 
 
-def score(agent, *, veil=0.0, observation="pixels", episodes=30):
+def score(agent, *, veil=0.0, distraction=None, observation="pixels", episodes=30):
     """Return the mean greedy return over episodes that start in fixed states.
 
     Args:
         agent: who acts.
         veil: opacity of an image that lies over each episode's pictures; training has never seen it.
+        distraction: what the test split of it shows, in every episode anew.
         observation: pixels or state.
         episodes: how many.
     """
-    vector = envs.make_vec("toy/reach", episodes, size=24, observation=observation)
+    task = {"size": 24, "observation": observation, "distraction": distraction, "split": "test"}
+    vector = envs.make_vec("toy/reach", episodes, **task)
     seen, _ = vector.reset(seed=1234)
     images = _veils(episodes) if veil else None
     total = np.zeros(episodes)
