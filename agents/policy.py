@@ -92,6 +92,20 @@ class Policy:
         action, _, _ = self.agent.act(batch, explore=False)
         return action[0] if single else action
 
+    def saliency(self, observation: Any, action: np.ndarray) -> np.ndarray | None:
+        """Return where the agent looks in the newest frame of a batch of observations.
+
+        Args:
+            observation: a batch of observations as the environment gave them.
+            action: float32 [B, A], what `act` chose for them.
+
+        Returns:
+            float32 [B, H, W], not negative; None where the agent sees no pixels or cannot tell.
+        """
+        batch = as_observation(observation, self.device)
+        seen = self.agent.saliency(batch, torch.as_tensor(action, device=self.device))
+        return None if seen is None else seen[:, -1].cpu().numpy()
+
 
 def read_config(run: str | Path) -> dict[str, Any]:
     """Return a run folder's config.json.

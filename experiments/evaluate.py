@@ -4,8 +4,10 @@
     python -m experiments.evaluate RUN --distractions clean video_hard --episodes 100 --checkpoint best
     python -m experiments.evaluate RUN --videos ~/DAVIS/JPEGImages --workers 2
 
-Writes evaluations/<name>.json into the run folder, with a video and saliency pictures for every distraction. Colors and
-videos come from the test split, which training cannot draw from.
+Writes evaluations/<name>.json into the run folder, with a video and saliency pictures for every distraction: returns,
+and how much of the agent's saliency falls on what is not background (energy, IoU, pointing game; `area` is that part's
+share of the picture, which a look at random would score). Colors and videos come from the test split, which training
+cannot draw from.
 """
 
 from __future__ import annotations
@@ -126,7 +128,8 @@ def evaluate_run(
     for distraction in distractions:  # all of them, before the first takes its minutes
         make_distraction(distraction, split=split, videos=keywords["videos"])  # type: ignore[arg-type]
     num_envs = min(num_envs, episodes)
-    media = media and task["observation"] != "state"  # a state needs no GL
+    sees = task["observation"] != "state"  # a state needs no GL
+    media = media and sees
     result: dict[str, Any] = {
         **counts,
         "checkpoint": policy.checkpoint,
@@ -152,11 +155,18 @@ def evaluate_run(
                 episodes,
                 seed=children["evaluation"],
                 record=media and not is_random,
+                look=policy.saliency if sees and not is_random else None,
                 progress=lambda count, start=before: bar.update(start + count - bar.n),  # type: ignore[misc]
             )
         finally:
             vector.close()
-        row = {"returns": seen.returns, "success": seen.success or None, "lengths": seen.lengths}
+        row: dict[str, Any] = {
+            "returns": seen.returns,
+            "success": seen.success or None,
+            "lengths": seen.lengths,
+        }
+        if seen.looks:
+            row["saliency"] = seen.looks
         if is_random:
             result["random_policy"] = row
             continue
@@ -175,15 +185,28 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['agent_steps']:,} agent steps, {result['env_frames']:,} environment frames, "
         f"{result['gradient_updates']:,} gradient updates; "
         f"{result['episodes_per_distraction']} episodes each, {result['split']} split",
-        f"{'':>14}  {'mean':>7}  {'std':>6}  {'min':>6}  {'max':>6}  success",
+        f"{'':>14}  {'mean':>7}  {'std':>6}  {'min':>6}  {'max':>6}  success  saliency on the body (its area)",
     ]
     for name, row in {"random policy": result["random_policy"], **result["results"]}.items():
         r = np.asarray(row["returns"])
         rate = f"{np.mean(row['success']):7.0%}" if row["success"] else "      -"
         lines.append(
             f"{name:>14}  {r.mean():7.1f}  {r.std():6.1f}  {r.min():6.1f}  {r.max():6.1f}  {rate}"
+            f"  {_looks(row)}".rstrip()
         )
     return "\n".join(lines)
+
+
+def _looks(row: dict[str, Any]) -> str:
+    """Return the share of saliency on the body, and the share of the picture that the body is."""
+    scores = row.get("saliency", {})
+    means = [_mean(scores.get(name, [])) for name in ("energy", "area")]
+    return "" if None in means else f"{means[0]:.2f} ({means[1]:.2f})"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _write_media(folder: Path, distraction: str, seen: Episodes, policy: Policy) -> None:

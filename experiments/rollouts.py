@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from agents.core.saliency import score_saliency
 from envs.vector import VectorEnv
 
 ActFunction = Callable[[Any], np.ndarray]
 """From a batch of observations to a batch of actions."""
+
+LookFunction = Callable[[Any, np.ndarray], np.ndarray | None]
+"""From a batch of observations and actions to where the agent looks, float [B, H, W]; see `Policy.saliency`."""
+
+LOOK_EVERY = 10
+"""Agent steps between two looks that are scored: neighbors are nearly the same picture."""
+
+SCORES = ("iou", "energy", "pointing", "area")
+"""Fields of `SaliencyScores`."""
 
 
 @dataclass
@@ -29,6 +39,8 @@ class Episodes:
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     success: list[float] = field(default_factory=list)
+    looks: dict[str, list[float | None]] = field(default_factory=dict)
+    """Means over an episode's looks of the fields of `SaliencyScores`, one per episode; None without foreground."""
     frames: list[np.ndarray] = field(default_factory=list)
     observations: list[Any] = field(default_factory=list)
 
@@ -40,6 +52,7 @@ def run_episodes(
     *,
     seed: int,
     record: bool = False,
+    look: LookFunction | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Episodes:
     """Run `episodes` episodes from a seeded reset.
@@ -53,6 +66,7 @@ def run_episodes(
         episodes: how many.
         seed: of the reset.
         record: keep the first environment's first episode as frames.
+        look: where the agent looks, to be scored against the foreground at every tenth step.
         progress: called with the number of episodes that ended.
     """
     n = envs.num_envs
@@ -62,14 +76,18 @@ def run_episodes(
     succeeded = np.zeros(
         n
     )  # a success at any moment of an episode counts, as in Meta-World's evaluation
+    looks = _Looks(envs, look)
     step = 0
     while quota.any():
         if recording:
             result.frames.append(np.asarray(envs.render(0)))
             if step % 25 == 0 and len(result.observations) < 8:
                 result.observations.append(observation)
+        action = act(observation)
+        if step % LOOK_EVERY == 0:
+            looks.score(observation, action)
         step += 1
-        observation, _, _, _, info = envs.step(act(observation))
+        observation, _, _, _, info = envs.step(action)
         if "episode" not in info:
             succeeded = np.maximum(succeeded, info.get("success", 0.0))
             continue
@@ -86,9 +104,44 @@ def run_episodes(
             result.lengths.append(int(info["episode"]["l"][i]))
             if "success" in final:
                 result.success.append(float(succeeded[i]))
+            for name, score in looks.means(int(i)).items():
+                result.looks.setdefault(name, []).append(score)
             progress(len(result.returns))
         succeeded[ended] = 0.0
+        looks.forget(np.flatnonzero(ended))
     return result
+
+
+class _Looks:
+    """Scores of the looks in every environment's current episode."""
+
+    def __init__(self, envs: VectorEnv, look: LookFunction | None) -> None:
+        self._envs, self._look = envs, look
+        self._scores: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
+
+    def score(self, observation: Any, action: np.ndarray) -> None:
+        """Compare where the agent looks now with where the foreground is."""
+        seen = self._look(observation, action) if self._look else None
+        if seen is None:
+            self._look = None
+            return
+        scores = score_saliency(seen, np.stack(self._envs.call("foreground")))
+        for i, row in enumerate(np.stack([getattr(scores, name) for name in SCORES], axis=1)):
+            self._scores[i].append(row)
+
+    def means(self, env: int) -> dict[str, float | None]:
+        """Return an episode's mean scores by name, over the looks that had a foreground."""
+        if self._look is None:
+            return {}
+        scores = np.array(self._scores[env])
+        scores = scores[~np.isnan(scores).any(axis=1)]
+        values = scores.mean(axis=0).tolist() if len(scores) else [None] * len(SCORES)
+        return dict(zip(SCORES, values, strict=True))
+
+    def forget(self, ended: Iterable[int]) -> None:
+        """Begin new episodes in some environments."""
+        for env in ended:
+            self._scores[env] = []
 
 
 def random_policy(envs: VectorEnv, seed: int) -> ActFunction:

@@ -131,6 +131,11 @@ class Pixels(gymnasium.Wrapper):
         pixels = np.concatenate(self._frames)
         return pixels if self._mode == "pixels" else {"pixels": pixels, "state": self._state}
 
+    def foreground(self) -> np.ndarray:
+        """Return where the newest picture shows neither sky, floor nor walls, bool [size, size]."""
+        self._check_begun()
+        return self.view.foreground()
+
     def render(self) -> np.ndarray:
         """Return the current picture as the agent sees it, uint8 [size, size, 3]."""
         self._check_begun()

@@ -70,6 +70,19 @@ class Agent(ABC):
     def set_progress(self, agent_steps: int) -> None:  # noqa: B027 - most agents have no schedule
         """Tell schedules how far training is; called by the loop before it acts."""
 
+    def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
+        """Return where the agent looks when it chooses an action.
+
+        Args:
+            observation: batched, see `Observation`.
+            action: [B, A].
+
+        Returns:
+            float32 [B, k, H, W], not negative and of any scale, a map for every stacked frame; None where an agent
+            sees no pixels or cannot tell.
+        """
+        return None
+
     def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
         """Return pictures for the log (uint8 [H, W, 3] by name): what the agent sees and looks at."""
         return {}

@@ -1,12 +1,13 @@
 """Where an agent looks: input gradients of a value, and masks of their strongest pixels.
 
 Sources: guided backpropagation, Springenberg et al. 2015 (https://arxiv.org/abs/1412.6806); per-frame quantile masks,
-SGQN, Bertoin et al. 2022 (https://arxiv.org/abs/2209.09203), section 4.
+SGQN, Bertoin et al. 2022 (https://arxiv.org/abs/2209.09203), section 4; scores, see `SaliencyScores`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -73,3 +74,47 @@ def quantile_mask(saliency: Tensor, quantile: float) -> Tensor:
 def mask_channels(mask: Tensor) -> Tensor:
     """Repeat a per-frame mask [B, k, H, W] over RGB to [B, 3*k, H, W]."""
     return mask.repeat_interleave(3, dim=1)
+
+
+@dataclass(frozen=True)
+class SaliencyScores:
+    """How much of an agent's saliency falls on the foreground, each float64 [B] in [0, 1], NaN without foreground.
+
+    A saliency that knows nothing of the picture scores about `area` in energy and pointing, and area / (2 - area) in
+    IoU.
+    """
+
+    energy: np.ndarray
+    """Share of the saliency's sum (energy-based pointing game, Wang et al. 2020, https://arxiv.org/abs/1910.01279)."""
+    pointing: np.ndarray
+    """1 where the strongest pixel is on it (pointing game, Zhang et al. 2016, https://arxiv.org/abs/1608.00507, without
+    the tolerance of 15 pixels, which pictures of these sizes do not need)."""
+    iou: np.ndarray
+    """Intersection over union of the foreground with as many of the strongest pixels as it has."""
+    area: np.ndarray
+    """The foreground's share of the picture."""
+
+
+def score_saliency(saliency: np.ndarray, foreground: np.ndarray) -> SaliencyScores:
+    """Compare maps with the foreground that the simulator knows.
+
+    Args:
+        saliency: float [B, H, W], not negative, of any scale. A map without any strength scores 0.
+        foreground: bool [B, H, W].
+    """
+    heat = saliency.reshape(len(saliency), -1).astype(np.float64)
+    body = foreground.reshape(len(foreground), -1)
+    pixels = body.sum(1)
+    total = heat.sum(1)
+    looks = total > 0
+    energy = (heat * body).sum(1) / np.where(looks, total, 1)
+    pointing = np.take_along_axis(body, heat.argmax(1)[:, None], 1)[:, 0] & looks
+    # The strongest pixels, as many as the foreground has; among equals, the first ones.
+    order = np.argsort(-heat, axis=1, kind="stable")
+    strongest = np.arange(heat.shape[1]) < pixels[:, None]
+    shared = (np.take_along_axis(body, order, 1) & strongest).sum(1) * looks
+    iou = shared / np.maximum(2 * pixels - shared, 1)
+    energy, pointing, iou = (
+        np.where(pixels > 0, score, np.nan) for score in (energy, pointing, iou)
+    )
+    return SaliencyScores(energy, pointing, iou, area=pixels / heat.shape[1])

@@ -30,7 +30,12 @@ from agents.core.errors import UserError
 from agents.core.fields import observation_boxes
 from agents.core.networks import Trunk, TwinQ, gradient_norm, polyak_update
 from agents.core.replay import Batch
-from agents.off_policy.critic_methods import CriticMethod, MethodConfig, newest_frames
+from agents.off_policy.critic_methods import (
+    CriticMethod,
+    MethodConfig,
+    critic_saliency,
+    newest_frames,
+)
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -287,6 +292,16 @@ class ActorCritic(Agent):
             elif self.config.augmentation == "crop":
                 seen["pixels"] = random_crop(seen["pixels"], generator, self.crop)
         return seen
+
+    def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
+        """Return where the first critic looks, by guided backpropagation; a cropped border is never looked at."""
+        if "pixels" not in observation:
+            return None
+        seen = critic_saliency(self.critic, self._center(observation), action, "guided")
+        height, width = observation["pixels"].shape[-2:]
+        top, left = (height - seen.shape[-2]) // 2, (width - seen.shape[-1]) // 2
+        right, bottom = width - seen.shape[-1] - left, height - seen.shape[-2] - top
+        return nn.functional.pad(seen.float(), (left, right, top, bottom))
 
     def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
         """Return what a batch looks like: saliency over frames, and the pictures that the critic is trained on."""

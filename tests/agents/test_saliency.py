@@ -3,6 +3,7 @@
 import copy
 
 import captum.attr
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,14 @@ from torch import nn
 
 from agents.core.encoders import PixelEncoder
 from agents.core.networks import ReLU, mlp
-from agents.core.saliency import frame_saliency, input_gradient, mask_channels, quantile_mask
+from agents.core.saliency import (
+    frame_saliency,
+    input_gradient,
+    mask_channels,
+    quantile_mask,
+    score_saliency,
+)
+from tests.agents.helpers import observation, small_agent
 
 
 class Value(nn.Module):
@@ -110,3 +118,68 @@ def test_mask_channels_repeats_over_rgb():
     repeated = mask_channels(mask)
     for channel in range(9):
         assert torch.equal(repeated[:, channel], mask[:, channel // 3])
+
+
+def test_scores_equal_a_loop_over_pixels():
+    rng = np.random.default_rng(0)
+    saliency, foreground = rng.random((6, 9, 7)), rng.random((6, 9, 7)) < 0.3
+    scores = score_saliency(saliency, foreground)
+    for i in range(6):
+        pairs = sorted(zip(saliency[i].ravel(), foreground[i].ravel(), strict=True), reverse=True)
+        body = int(foreground[i].sum())
+        on_body = sum(heat for heat, is_body in pairs if is_body)
+        assert scores.energy[i] == pytest.approx(on_body / sum(heat for heat, _ in pairs))
+        assert scores.pointing[i] == float(pairs[0][1])
+        both = sum(is_body for _, is_body in pairs[:body])
+        assert scores.iou[i] == pytest.approx(both / (2 * body - both))
+        assert scores.area[i] == pytest.approx(body / 63)
+
+
+def test_scores_of_perfect_blind_and_empty_looks():
+    foreground = np.zeros((4, 8, 8), bool)
+    foreground[:3, 2:4, 2:6] = True
+    saliency = np.stack(
+        [foreground[0] * 5.0, ~foreground[0] * 1.0, np.zeros((8, 8)), np.ones((8, 8))]
+    )
+    scores = score_saliency(saliency, foreground)
+    for values in (scores.energy, scores.pointing, scores.iou):
+        assert values[:3].tolist() == [1, 0, 0]
+        assert np.isnan(values[3]), "nothing is to be looked at"
+    assert scores.area.tolist() == [1 / 8, 1 / 8, 1 / 8, 0]
+
+
+def test_a_look_at_random_scores_the_area():
+    rng = np.random.default_rng(1)
+    foreground = np.zeros((400, 20, 20), bool)
+    foreground[:, 5:15, 5:15] = True
+    scores = score_saliency(rng.random((400, 20, 20)), foreground)
+    assert scores.energy.mean() == pytest.approx(0.25, abs=0.01)
+    assert scores.pointing.mean() == pytest.approx(0.25, abs=0.08)
+    assert scores.iou.mean() == pytest.approx(0.25 / 1.75, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["drq", "rad", "drqv2-sgqn"])
+def test_agents_tell_where_they_look_at_the_pictures_size(name):
+    """A border that RAD crops away has no influence on its value, so that nothing is looked at there."""
+    agent, seen = small_agent(name), observation()
+    action = torch.zeros(8, 2)
+    saliency = agent.saliency(seen, action)
+    pixels = seen["pixels"]
+    assert saliency.shape == (8, pixels.shape[1] // 3, *pixels.shape[-2:])
+    assert (saliency >= 0).all()
+    assert saliency.sum() > 0
+    changed = {**seen, "pixels": pixels.clone()}
+    nowhere = (saliency == 0).all(dim=1, keepdim=True).expand_as(pixels)
+    if name == "rad":
+        assert nowhere.any()
+        changed["pixels"][nowhere] = 255 - changed["pixels"][nowhere]
+        assert agent.act(changed, explore=False)[0] == pytest.approx(
+            agent.act(seen, explore=False)[0]
+        )
+
+
+def test_a_state_cannot_be_looked_at():
+    from tests.agents.helpers import STATE
+
+    agent = small_agent("sac", STATE)
+    assert agent.saliency(observation(STATE), torch.zeros(8, 2)) is None

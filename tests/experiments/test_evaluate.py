@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from agents.policy import read_config
 from envs.vector import VectorEnv
 from experiments.evaluate import evaluate_run, main
 from experiments.report_runs import read_run
-from experiments.rollouts import run_episodes
+from experiments.rollouts import SCORES, random_policy, run_episodes
 from experiments.session import Session
 from experiments.train import main as train_main
 from tests.experiments.helpers import arguments, train
@@ -124,6 +125,31 @@ def test_a_video_and_the_saliency_are_written_for_every_distraction(run: Path) -
     assert len(clean) == 9, "one picture for each step of the episode"
     top = np.s_[:, : clean.shape[1] // 4]
     assert np.abs(clean[top].astype(int) - hard[top]).mean() > 5, "the sky is replaced"
+
+
+def test_an_evaluation_tells_how_much_of_the_saliency_is_on_the_body(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = read(evaluate_run(run, **FLAGS, workers=0, media=False))["results"]
+    for row in results.values():
+        assert row["saliency"].keys() == set(SCORES)
+        for scores in row["saliency"].values():
+            assert len(scores) == len(row["returns"])
+            assert all(0 <= score <= 1 for score in scores)
+    energy, area = (np.mean(results["clean"]["saliency"][name]) for name in ("energy", "area"))
+    assert f"{energy:.2f} ({area:.2f})" in capsys.readouterr().out
+
+
+def test_looks_are_scored_against_the_picture_that_was_looked_at() -> None:
+    with closing(envs.make_vec("toy/reach", 2, size=24, episode_length=12, seed=0)) as vector:
+        act = random_policy(vector, 0)
+        seen = run_episodes(
+            act, vector, 4, seed=0, look=lambda *_: np.stack(vector.call("foreground")) * 3.0
+        )
+        nothing = run_episodes(act, vector, 2, seed=0, look=lambda *_: None)
+    assert seen.looks["energy"] == seen.looks["iou"] == seen.looks["pointing"] == [1.0] * 4
+    assert all(0.05 < area < 0.5 for area in seen.looks["area"])
+    assert nothing.looks == {}
 
 
 class Countdown(gym.Env):
