@@ -5,18 +5,22 @@
 
 Every run is a process of its own; flags after `--` go to experiments.train. The same command started again goes on:
 finished runs are kept, interrupted ones resumed. `--out` gets results.csv (a line per run and distraction) and
-results.md (means over seeds, with the command, commit and hardware behind them).
+results.md (means over seeds, with the command, commit and hardware behind them). `--archive DIR` also keeps what
+reports need of every finished run (config, curves, evaluations: some KB each): a grid goes on from there when the runs
+themselves are gone, and `experiments.report DIR` shows it.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +30,13 @@ from agents.registry import find
 from envs import get_spec
 from experiments.arguments import Parser, run_command
 from experiments.demo import steps_left
+from experiments.evaluate import DISTRACTIONS
 from experiments.runs import command_line, describe_system
+from wrappers.distraction.presets import make_distraction
 
 COLUMNS = (
     "env", "agent", "seed", "distraction", "episodes", "return_mean", "return_std", "success_mean",
+    "saliency_energy", "saliency_iou", "saliency_pointing", "foreground_area",
     "agent_steps", "env_frames", "gradient_updates", "wall_minutes", "commit", "run",
 )  # fmt: skip
 
@@ -40,6 +47,10 @@ STOPPED = 130
 RESULT = "benchmark"
 """Name of the evaluation that counts."""
 
+ARCHIVED = ("config.json", "system.json", "command.txt")
+ARCHIVED_TAGS = ("eval/", "train/episode_return", "time/fps")
+"""What is kept of a finished run, besides its evaluations: files whole, and of metrics.csv the tags that begin so."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,6 +60,13 @@ class Job:
     env: str
     seed: int
     folder: Path
+    archive: Path | None = None
+    """Where this run is kept when it has finished."""
+
+    @property
+    def results(self) -> Path:
+        """The folder that holds its evaluation: the archive, once it is there."""
+        return self.archive if self.archive and self.archive.is_dir() else self.folder
 
 
 def parser() -> Parser:
@@ -64,7 +82,14 @@ def parser() -> Parser:
     p.add_argument(
         "--out", type=Path, default=Path("runs/benchmark"), help="where results are written"
     )
+    p.add_argument(
+        "--archive", type=Path, metavar="DIR", help="keep what reports need of finished runs"
+    )
     p.add_argument("--episodes", type=int, default=10, help="episodes per distraction [10]")
+    p.add_argument(
+        "--distractions", nargs="+", default=list(DISTRACTIONS), metavar="NAME",
+        help=f"what to evaluate under [{' '.join(DISTRACTIONS)}]",
+    )  # fmt: skip
     p.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     p.add_argument("--threads", type=int, help="CPU threads of each run [torch's own]")
     p.add_argument("--collect", action="store_true", help="only collect what is there")
@@ -82,18 +107,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         find(name)
     for env in arguments.envs:
         get_spec(env)
-    jobs = [
-        Job(agent, env, seed, arguments.runs / env.replace("/", "-") / f"{agent}-seed{seed}")
-        for seed in arguments.seeds
-        for env in arguments.envs
-        for agent in arguments.agents
-    ]
+    for distraction in arguments.distractions:
+        make_distraction(distraction)
+    jobs = []
+    for seed, env, agent in product(arguments.seeds, arguments.envs, arguments.agents):
+        place = Path(env.replace("/", "-")) / f"{agent}-seed{seed}"
+        kept = arguments.archive / place if arguments.archive else None
+        jobs.append(Job(agent, env, seed, arguments.runs / place, kept))
     failed = []
     if not arguments.collect:
         flags = ["--preset", arguments.preset, *arguments.train_flags]
         threads = ["--threads", str(arguments.threads)] if arguments.threads else []
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            codes = pool.map(lambda job: run_job(job, flags, threads, arguments.episodes), jobs)
+            evaluation = ["--episodes", str(arguments.episodes), "--distractions"]
+            evaluation += arguments.distractions
+            codes = pool.map(lambda job: run_job(job, flags, threads, evaluation), jobs)
             try:
                 failed = [job.folder for job, code in zip(jobs, codes, strict=True) if code]
             except KeyboardInterrupt:
@@ -106,8 +134,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def run_job(job: Job, flags: Sequence[str], threads: Sequence[str], episodes: int) -> int:
-    """Train (or go on) and evaluate one run; return the exit code of what failed, or 0."""
+def run_job(
+    job: Job, flags: Sequence[str], threads: Sequence[str], evaluation: Sequence[str]
+) -> int:
+    """Train (or go on), evaluate and archive one run; return the exit code of what failed, or 0.
+
+    Args:
+        job: the run; nothing is done where the archive has it.
+        flags: for a new run's training.
+        threads: for every training.
+        evaluation: flags for the evaluation.
+    """
+    if job.results == job.archive:
+        return 0
     python = [sys.executable, "-m"]
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     log = job.folder.parent / f"{job.folder.name}.log"
@@ -126,10 +165,34 @@ def run_job(job: Job, flags: Sequence[str], threads: Sequence[str], episodes: in
         return STOPPED
     print(f"{job.agent} on {job.env}, seed {job.seed}: trained", flush=True)
     evaluate = [
-        *python, "experiments.evaluate", str(job.folder), "--episodes", str(episodes),
-        "--name", RESULT, "--overwrite",
+        *python, "experiments.evaluate", str(job.folder), "--name", RESULT, "--overwrite",
+        *evaluation,
     ]  # fmt: skip
-    return _logged(evaluate, log)
+    code = _logged(evaluate, log)
+    if code == 0 and job.archive:
+        archive_run(job.folder, job.archive)
+    return code
+
+
+def archive_run(run: Path, archive: Path) -> None:
+    """Keep what reports need of a finished run; the archive appears whole or not at all."""
+    unfinished = archive.with_name(archive.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "evaluations").mkdir(parents=True)
+    for name in ARCHIVED:
+        shutil.copyfile(run / name, unfinished / name)
+    shutil.copyfile(
+        run / "evaluations" / f"{RESULT}.json", unfinished / "evaluations" / f"{RESULT}.json"
+    )
+    with (
+        (run / "metrics.csv").open(newline="") as source,
+        (unfinished / "metrics.csv").open("w", newline="") as target,
+    ):
+        reader = csv.DictReader(source)
+        writer = csv.DictWriter(target, reader.fieldnames or ())
+        writer.writeheader()
+        writer.writerows(row for row in reader if row["tag"].startswith(ARCHIVED_TAGS))
+    unfinished.rename(archive)
 
 
 def _logged(command: Sequence[str], log: Path) -> int:
@@ -157,12 +220,12 @@ def collect(jobs: Iterable[Job], out: Path) -> None:
 
 
 def _rows(job: Job) -> list[dict[str, object]]:
-    file = job.folder / "evaluations" / f"{RESULT}.json"
+    file = job.results / "evaluations" / f"{RESULT}.json"
     if not file.is_file():
         return []
     result = json.loads(file.read_text())
-    system = json.loads((job.folder / "system.json").read_text())
-    with (job.folder / "metrics.csv").open() as handle:
+    system = json.loads((job.results / "system.json").read_text())
+    with (job.results / "metrics.csv").open() as handle:
         wall = [float(row["wall_seconds"]) for row in csv.DictReader(handle)]
     rows = []
     for name, row in {"random policy": result["random_policy"], **result["results"]}.items():
@@ -175,6 +238,7 @@ def _rows(job: Job) -> list[dict[str, object]]:
             "return_mean": round(float(np.mean(row["returns"])), 2),
             "return_std": round(float(np.std(row["returns"])), 2),
             "success_mean": round(float(np.mean(row["success"])), 3) if row["success"] else "",
+            **_saliency_means(row.get("saliency", {})),
             "agent_steps": result["agent_steps"],
             "env_frames": result["env_frames"],
             "gradient_updates": result["gradient_updates"],
@@ -183,6 +247,17 @@ def _rows(job: Job) -> list[dict[str, object]]:
             "run": job.folder.name,
         })  # fmt: skip
     return rows
+
+
+def _saliency_means(scores: dict[str, list[float | None]]) -> dict[str, object]:
+    """Return the means over episodes, by column; empty cells where nothing was scored."""
+    columns = {"energy": "saliency_energy", "iou": "saliency_iou", "pointing": "saliency_pointing",
+               "area": "foreground_area"}  # fmt: skip
+    means: dict[str, object] = {}
+    for name, column in columns.items():
+        known = [value for value in scores.get(name, []) if value is not None]
+        means[column] = round(float(np.mean(known)), 4) if known else ""
+    return means
 
 
 def _markdown(rows: list[dict[str, object]]) -> str:

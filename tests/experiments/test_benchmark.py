@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
 
 from experiments import benchmark
 from experiments.benchmark import main
+from experiments.evaluate import DISTRACTIONS
+from experiments.report_runs import read_run
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -23,6 +26,7 @@ def test_a_grid_is_run_collected_and_not_run_again(
     words = ["--agents", "drq", "drqv2", "--envs", "toy/reach", "--seeds", "1", "2"]
     words += ["--preset", "debug", "--episodes", "2", "--threads", "1"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    words += ["--archive", str(tmp_path / "kept")]
     assert main([*words, "--", "--steps", "120", "--eval-every", "0"]) == 0
     found = rows(tmp_path / "out" / "results.csv")
     assert len(found) == 2 * 2 * 5, "agents, seeds, four distractions and the random policy"
@@ -32,10 +36,20 @@ def test_a_grid_is_run_collected_and_not_run_again(
         float(r["return_mean"]) for r in found if (r["agent"], r["distraction"]) == ("drq", "clean")
     ]
     assert f"| {sum(clean) / 2:.0f} ± " in page
+    assert all(0 < float(r["saliency_energy"]) < 1 for r in found if r["distraction"] == "clean")
     log = tmp_path / "runs" / "toy-reach" / "drq-seed1" / "metrics.csv"
     before = log.read_bytes()
     assert main([*words, "--", "--steps", "120", "--eval-every", "0"]) == 0
     assert log.read_bytes() == before
+
+    shutil.rmtree(tmp_path / "runs")
+    assert main([*words, "--", "--steps", "120", "--eval-every", "0"]) == 0
+    assert rows(tmp_path / "out" / "results.csv") == found, "the archive is enough"
+    assert not list((tmp_path / "runs").rglob("config.json"))
+    run = read_run(tmp_path / "kept" / "toy-reach" / "drq-seed1")
+    assert run.evaluation is not None
+    assert set(run.evaluation.results) == set(DISTRACTIONS)
+    assert "train/episode_return" in run.series
 
 
 def test_nothing_to_collect_is_said_in_one_line(
@@ -62,5 +76,5 @@ def test_a_run_that_was_stopped_is_not_evaluated(
     monkeypatch.setattr(benchmark, "_logged", lambda command, log: asked.append(command[2]) or 0)
     monkeypatch.setattr(benchmark, "steps_left", lambda run: 5)
     job = benchmark.Job("drq", "toy/reach", 1, tmp_path / "run")
-    assert benchmark.run_job(job, [], [], episodes=2) == benchmark.STOPPED
+    assert benchmark.run_job(job, [], [], []) == benchmark.STOPPED
     assert asked == ["experiments.train"]
