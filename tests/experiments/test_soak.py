@@ -1,0 +1,87 @@
+"""What is held is measured, and growth is told from noise."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import soak
+
+
+def test_growth_is_the_slope_of_the_second_half() -> None:
+    rng = np.random.default_rng(0)
+    minutes = np.arange(100.0)
+    filling = np.minimum(minutes, 50) * 30  # a replay that fills in the first half
+    rows = [
+        (m, 500 + f + 2 * m + n, 1, 1, 1)
+        for m, f, n in zip(minutes, filling, rng.normal(0, 1, 100))
+    ]
+    assert soak.slope(rows) == pytest.approx(2, abs=0.1)
+
+
+def test_memory_of_children_counts_and_ends_with_them() -> None:
+    before = soak.held()
+    code = "import sys; held = bytes(1) * 2**26; print('ready', flush=True); sys.stdin.read()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    during = soak.held()
+    child.communicate("")
+    after = soak.held()
+    assert during[0] > before[0] + 64
+    assert during[3] == before[3] + 1
+    assert after[3] == before[3]
+    assert abs(after[0] - before[0]) < 32
+
+
+def test_environments_are_cycled_and_the_growth_is_written(tmp_path: Path) -> None:
+    words = [
+        "--env",
+        "toy/reach",
+        "--minutes",
+        "0",
+        "--cycles",
+        "300",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert soak.main(words) == 0
+    with (tmp_path / "out" / "environments.csv").open() as handle:
+        rows = list(csv.reader(handle))
+    assert rows[0] == ["closed", *soak.HELD]
+    assert len(rows) > 200
+    assert (tmp_path / "out" / "environments.png").stat().st_size > 1000
+    assert "MB per 1000 closed" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--minutes 0", "give --minutes or --cycles"),
+        ("--env toy/reech", "did you mean toy/reach"),
+        ("--agent sgqm", "did you mean sgqn"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(
+    words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert soak.main([*words.split(), "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_training_is_watched_from_outside(tmp_path: Path) -> None:
+    words = ["--env", "toy/reach", "--minutes", "0.7", "--eval-every", "500", "--limit", "1e6"]
+    assert soak.main([*words, "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "training.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert float(rows[-1]["processes"]) >= 3, "the learner and two workers"
+    assert (tmp_path / "out" / "run" / "checkpoints").is_dir(), "it saved when it was told to leave"
