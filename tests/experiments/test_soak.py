@@ -17,10 +17,8 @@ def test_growth_is_the_slope_of_the_second_half() -> None:
     rng = np.random.default_rng(0)
     minutes = np.arange(100.0)
     filling = np.minimum(minutes, 50) * 30  # a replay that fills in the first half
-    rows = [
-        (m, 500 + f + 2 * m + n, 1, 1, 1)
-        for m, f, n in zip(minutes, filling, rng.normal(0, 1, 100))
-    ]
+    megabytes = 500 + filling + 2 * minutes + rng.normal(0, 1, 100)
+    rows = [(*pair, 1, 1, 1) for pair in np.stack([minutes, megabytes], axis=1).tolist()]
     assert soak.slope(rows) == pytest.approx(2, abs=0.1)
 
 
