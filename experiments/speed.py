@@ -22,7 +22,7 @@ from experiments.runs import command_line, describe_system
 from experiments.settings import check_device
 from experiments.speed_timing import Table
 
-PARTS = ("rendering", "environments", "replay", "updates", "sb3")
+PARTS = ("rendering", "environments", "replay", "updates", "training", "sb3")
 
 
 def parser() -> Parser:
@@ -67,9 +67,9 @@ def _measures(
     parts: Sequence[str], device: str
 ) -> list[tuple[str, Callable[[float], list[Table]]]]:
     """Return what measures each part, in order."""
-    if {"rendering", "environments", "sb3"} & set(parts):
+    if {"rendering", "environments", "training", "sb3"} & set(parts):
         resolve_quality("fast")  # before any of them imports a simulator
-    from experiments import speed_agents, speed_environments
+    from experiments import speed_agents, speed_environments, speed_training
 
     measures: dict[str, list[tuple[str, Callable[[float], list[Table]]]]] = {
         "rendering": [
@@ -79,6 +79,7 @@ def _measures(
         "environments": [("environments", speed_environments.environments)],
         "replay": [("replay", speed_agents.replay)],
         "updates": [("updates", partial(speed_agents.updates, device=device))],
+        "training": [("training", partial(speed_training.training, device=device))],
         "sb3": [("Stable-Baselines3", speed_agents.peer)],
     }
     return [measure for part in PARTS if part in parts for measure in measures[part]]

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import settings, speed, speed_agents, speed_environments, speed_timing
+from experiments import (
+    settings,
+    speed,
+    speed_agents,
+    speed_environments,
+    speed_timing,
+    speed_training,
+)
 from experiments.speed_timing import ROUNDS, Elsewhere, Table, interleave, rates
 
 TINY = 0.02
@@ -213,6 +220,18 @@ def test_environments_are_stepped_with_and_without_workers() -> None:
     (table,) = speed_environments.environments(TINY, ("toy/reach",))
     check_whole(table, ["toy/reach"])
     check_ratio(table, "2 workers / in process", "2 workers", "in process")
+
+
+def test_trainings_time_is_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    (table,) = speed_training.training(TINY, "cpu", agents=["drqv2"], task="toy/reach")
+    check_whole(table, ["drqv2"])
+    assert capsys.readouterr().out == "", "only the tables are printed"
+    (row,) = table.rows
+    numbers = dict(zip(table.columns, row, strict=True))
+    parts = [float(numbers[name]) for name in ("act", "simulate", "render", "learn", "rest")]
+    assert sum(parts) == pytest.approx(1000 / float(numbers["agent steps/s"]))
+    assert all(part > 0 for part in parts)
+    assert float(numbers["updates/s"]) == pytest.approx(float(numbers["agent steps/s"]) / 4)
 
 
 def test_replay_is_compared_in_memory_and_speed() -> None:
