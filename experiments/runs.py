@@ -18,6 +18,7 @@ import torch
 
 from agents.core.errors import UserError
 from envs.rendering import gl_renderer
+from experiments.hardware import cpu_name
 
 SCHEMA = 1
 """Version of config.json's layout."""
@@ -94,7 +95,7 @@ def describe_system(*, gl: bool = False) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "hardware": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
             "gpu": gpu,
@@ -116,13 +117,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
