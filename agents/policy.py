@@ -14,8 +14,9 @@ import torch
 from agents.core.agent import Agent, as_observation
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
+from agents.core.imports import import_modules, recorded_imports
 from agents.core.settings import from_dict
-from agents.registry import find, make_agent
+from agents.registry import AGENTS, AgentSpec, find, make_agent
 
 REQUIRED = {"agent", "env", "vector", "train", "configs", "device"}
 """What every run's config.json holds."""
@@ -43,7 +44,12 @@ class Policy:
 
     @classmethod
     def load(
-        cls, run: str | Path, *, checkpoint: str = "latest", device: str | torch.device = "cpu"
+        cls,
+        run: str | Path,
+        *,
+        checkpoint: str = "latest",
+        device: str | torch.device = "cpu",
+        imports: bool = False,
     ) -> Policy:
         """Load a run folder's policy.
 
@@ -51,15 +57,19 @@ class Policy:
             run: the folder that training wrote.
             checkpoint: `latest`, `best`, or a checkpoint folder's name.
             device: where to act.
+            imports: import the third parties' modules that the run was trained with, as its config.json names them;
+                otherwise no code is run because a folder says so, and an agent of theirs must be registered already.
 
         Raises:
             UserError: no run or checkpoint there, or it does not fit its config: another agent,
                 task or observation, or other sizes.
         """
         config = read_config(run)
+        if imports:
+            import_modules(recorded_imports(config))
         store = CheckpointStore(Path(run), identity=run_identity(config))
         parts = store.load(None if checkpoint == "latest" else checkpoint)
-        spec = find(config["agent"])
+        spec = _agent_spec(config)
         configs = [from_dict(type(c), config["configs"][type(c).__name__]) for c in spec.configs]
         agent = make_agent(
             config["agent"],
@@ -105,6 +115,17 @@ class Policy:
         batch = as_observation(observation, self.device)
         seen = self.agent.saliency(batch, torch.as_tensor(action, device=self.device))
         return None if seen is None else seen[:, -1].cpu().numpy()
+
+
+def _agent_spec(config: Mapping[str, Any]) -> AgentSpec:
+    """Return how the run's agent is built; where a third party's module is missing, say which."""
+    modules = recorded_imports(config)
+    if config["agent"] not in AGENTS and modules:
+        raise UserError(
+            f"nobody has registered the run's agent '{config['agent']}'; import {' and '.join(modules)} first, "
+            "or let Policy.load do so with imports=True if you trust the run"
+        )
+    return find(config["agent"])
 
 
 def read_config(run: str | Path) -> dict[str, Any]:

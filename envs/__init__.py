@@ -13,6 +13,8 @@ No simulator is imported before one of its tasks is made.
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,7 +121,13 @@ def make(
 
 
 def make_vec(
-    id: str, num_envs: int, *, workers: int = 0, timeout: float = 60.0, **settings: Any
+    id: str,
+    num_envs: int,
+    *,
+    workers: int = 0,
+    timeout: float = 60.0,
+    imports: Sequence[str] = (),
+    **settings: Any,
 ) -> VectorEnv:
     """Return `num_envs` environments of one task as a vector environment.
 
@@ -129,6 +137,8 @@ def make_vec(
         workers: processes that share them; 0 keeps all in this one. The results do not depend on
             it.
         timeout: seconds after which a worker that does not answer is replaced.
+        imports: names of modules that every worker imports first, such as one that registers tasks
+            with Gymnasium.
         **settings: the other arguments of `make`.
 
     Returns:
@@ -141,8 +151,15 @@ def make_vec(
     # The children that `reset(seed=)` of a vector environment gives, so that both mean the same.
     seeds = [np.random.SeedSequence(resolved.seed, spawn_key=(i, 0)) for i in range(num_envs)]
     each = (replace(resolved, seed=int(seed.generate_state(1)[0])) for seed in seeds)
-    factories = [functools.partial(Environment, own, get_spec(id)) for own in each]
+    factories = [functools.partial(_build, tuple(imports), own, get_spec(id)) for own in each]
     return VectorEnv(factories, workers=workers, timeout=timeout, seed=resolved.seed)
+
+
+def _build(imports: Sequence[str], settings: Settings, spec: TaskSpec) -> Environment:
+    """Return an environment, in a process that may have imported nothing yet."""
+    for name in imports:
+        importlib.import_module(name)
+    return Environment(settings, spec)
 
 
 def register(id: str, adapter: registry.Adapter, **settings: Any) -> TaskSpec:

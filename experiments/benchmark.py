@@ -26,11 +26,13 @@ from pathlib import Path
 import numpy as np
 
 from agents.core.errors import UserError
+from agents.core.imports import import_modules
 from agents.registry import find
 from envs import get_spec
 from experiments.arguments import Parser, run_command
 from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS
+from experiments.imports import add_import_flag
 from experiments.runs import command_line, describe_system
 from wrappers.distraction.presets import make_distraction
 
@@ -76,6 +78,7 @@ def parser() -> Parser:
     p.add_argument(
         "--envs", nargs="+", default=["dmc/cartpole-swingup"], metavar="ID", help="tasks"
     )
+    add_import_flag(p)
     p.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds [1 2 3]")
     p.add_argument("--preset", default="auto", help="preset of the training command [auto]")
     p.add_argument("--runs", type=Path, default=Path("runs/benchmark"), help="where runs are kept")
@@ -103,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.episodes < 1 or arguments.jobs < 1:
         raise UserError("--episodes and --jobs must be at least 1")
+    import_modules(arguments.imports)
     for name in arguments.agents:
         find(name)
     for env in arguments.envs:
@@ -116,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs.append(Job(agent, env, seed, arguments.runs / place, kept))
     failed = []
     if not arguments.collect:
-        flags = ["--preset", arguments.preset, *arguments.train_flags]
+        imports = [f"--import={name}" for name in arguments.imports]  # the runs remember them
+        flags = ["--preset", arguments.preset, *imports, *arguments.train_flags]
         threads = ["--threads", str(arguments.threads)] if arguments.threads else []
         with ThreadPoolExecutor(arguments.jobs) as pool:
             evaluation = ["--episodes", str(arguments.episodes), "--distractions"]

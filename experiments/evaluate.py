@@ -26,7 +26,9 @@ from agents import Policy
 from agents.core.agent import as_observation
 from agents.core.errors import UserError
 from agents.core.seeding import spawn_seeds
+from agents.policy import read_config
 from experiments.arguments import Parser, run_command
+from experiments.imports import add_import_flag, import_for_run
 from experiments.rollouts import Episodes, random_policy, run_episodes
 from experiments.runs import write_json
 from experiments.settings import check_device
@@ -39,6 +41,7 @@ def parser() -> Parser:
     """Return the command's parser."""
     p = Parser(prog="python -m experiments.evaluate", description=__doc__)
     p.add_argument("run", type=Path, help="run folder that training wrote")
+    add_import_flag(p)
     p.add_argument(
         "--distractions", nargs="+", default=list(DISTRACTIONS), metavar="NAME",
         help=f"what to evaluate under [{' '.join(DISTRACTIONS)}]",
@@ -85,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         media=arguments.media,
         name=arguments.name,
         overwrite=arguments.overwrite,
+        imports=arguments.imports,
     )
     print(f"wrote {file}")
     return 0
@@ -105,12 +109,15 @@ def evaluate_run(
     media: bool = True,
     name: str | None = None,
     overwrite: bool = False,
+    imports: Sequence[str] = (),
 ) -> Path:
     """Evaluate a run folder, write evaluations/<name>.json, and return that file.
 
     Raises:
-        UserError: no run there, an unknown distraction, or a result of that name exists.
+        UserError: no run there, a module that it needs is missing, an unknown distraction, or a result of that name
+            exists.
     """
+    imports = import_for_run(read_config(run), imports)
     policy = Policy.load(run, checkpoint=checkpoint, device=check_device(device))
     task = policy.config["env"]
     counts = policy.progress
@@ -146,7 +153,9 @@ def evaluate_run(
         is_random = distraction == "random policy"
         keywords["distraction"] = None if is_random or distraction == "clean" else distraction
         before = bar.n
-        vector = envs.make_vec(num_envs=num_envs, workers=min(workers, num_envs), **keywords)
+        vector = envs.make_vec(
+            num_envs=num_envs, workers=min(workers, num_envs), imports=imports, **keywords
+        )
         try:
             act = random_policy(vector, children["exploration"]) if is_random else policy.act
             seen = run_episodes(

@@ -17,6 +17,7 @@ from agents.core.agent import Agent, as_observation
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.fields import free_bytes
+from agents.core.imports import recorded_imports
 from agents.core.logging import Logger, Progress
 from agents.core.loops import Hooks, LoopSettings, OffPolicyLoop
 from agents.core.replay import Batch, Replay
@@ -46,7 +47,8 @@ class Session:
             {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")},
         )
         self.evaluation_seed = seeds["evaluation"]
-        self.envs = envs.make_vec(**config["vector"], **config["env"])
+        self.imports = recorded_imports(config)
+        self.envs = envs.make_vec(**config["vector"], imports=self.imports, **config["env"])
         self._evaluation_envs: Any = None
         try:
             self._build(seeds, resume)
@@ -137,6 +139,7 @@ class Session:
                 num_envs=episodes,
                 workers=workers,
                 timeout=self.config["vector"]["timeout"],
+                imports=self.imports,
                 **keywords,
             )
         device = self.config["device"]

@@ -206,7 +206,8 @@ def environments(seconds: float, tasks: Sequence[str] = STEPPED) -> list[Table]:
         "the simulator without pictures. With workers the learner's process is free meanwhile.",
     )
     for task in tasks:
-        own = {"size": 24} if task.startswith("toy/") else {"size": SIZE, "action_repeat": 4}
+        is_toy = task.startswith("toy/")
+        own: dict[str, Any] = {"size": 24} if is_toy else {"size": SIZE, "action_repeat": 4}
         with ExitStack() as stack:
             calls = {}
             for name, workers, observation in (

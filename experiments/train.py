@@ -3,10 +3,12 @@
     python -m experiments.train --agent sgqn --env dmc/cartpole-swingup
     python -m experiments.train --agent drqv2 --env dmc/walker-walk --protocol drqv2 --device cuda
     python -m experiments.train --resume runs/dmc-cartpole-swingup/sgqn-seed1 --steps 60000
+    python -m experiments.train --import mypackage --agent mine --env mine/task
 
 Every field of the agent's config is a flag; `--help` shows those of the agent that `--agent` names. Values come from
 the dataclasses' defaults, then --preset, then --protocol, then the flags given. A run folder holds everything: config,
 command, metrics.csv, TensorBoard events, checkpoints, replay. `--resume` goes on exactly where the run was saved.
+`--import` runs what a module of yours registers (`envs.register`, `agents.register`); a run remembers it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import envs
 from agents import AGENTS
 from agents.core.errors import UserError
+from agents.core.imports import import_modules, recorded_imports
 from agents.core.loops import LoopSettings
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import from_dict, to_dict
@@ -28,6 +31,7 @@ from agents.policy import read_config
 from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
+from experiments.imports import add_import_flag, import_for_run
 from experiments.runs import SCHEMA, abandon_run, begin_run, default_run_dir, write_json
 from experiments.session import Session
 from experiments.settings import (
@@ -60,6 +64,7 @@ def parser(agent: str) -> Parser:
                    help="; ".join(f"{name}: {s.summary}" for name, s in AGENTS.items()))  # fmt: skip
     p.add_argument("--env", default=DEFAULT_ENV, metavar="ID",
                    help=f"task id, see --list [{DEFAULT_ENV}]")  # fmt: skip
+    add_import_flag(p)
     p.add_argument("--list", action="store_true", help="list all task ids and leave")
     p.add_argument("--preset", default="auto", metavar="|".join(["auto", *PRESETS]),
                    help="values that fit a machine; auto is gpu on CUDA devices, else cpu [auto]")  # fmt: skip
@@ -90,8 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = Parser(add_help=False)
     first.add_argument("--agent", default=DEFAULT_AGENT)
     first.add_argument("--resume", type=Path)
+    add_import_flag(first)
     known, _ = first.parse_known_args(argv)
-    agent = read_config(known.resume)["agent"] if known.resume else known.agent
+    agent = known.agent
+    if known.resume:
+        config = read_config(known.resume)
+        agent = config["agent"]
+        import_for_run(config, known.imports)
+    else:
+        import_modules(known.imports)
     given = vars(parser(agent).parse_args(argv))
     if given["list"]:
         print("\n".join(envs.list_ids()))
@@ -142,6 +154,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "agent": given["agent"],
+        "imports": list(dict.fromkeys(given["imports"])),
         "env": task.as_dict(),
         "vector": to_dict(vector),
         "train": {**to_dict(loop), "num_envs": vector.num_envs, "seed": seed},
@@ -161,7 +174,7 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     """
     run = given["resume"]
     config = read_config(run)
-    allowed = {"--resume", "--device", "--threads", "--no-exact-resume"} | {
+    allowed = {"--resume", "--import", "--device", "--threads", "--no-exact-resume"} | {
         f"--{n.replace('_', '-')}" for n in RESUMABLE
     }
     for argument in argv:
@@ -176,6 +189,7 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     )
     config["threads"] = given["threads"] or config.get("threads")
     config["train"] |= {name: given[name] for name in RESUMABLE if name in given}
+    config["imports"] = list(dict.fromkeys([*recorded_imports(config), *given["imports"]]))
     return run, config
 
 
