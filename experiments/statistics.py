@@ -5,7 +5,13 @@ episodes, are resampled, because the spread between seeds is what a repetition o
 would meet. Tasks are strata: a resample holds as many runs of each task as the experiment did,
 since tasks are chosen, not drawn.
 
+Aggregates over tasks take normalized scores, 1 being the best that a task allows: interquartile
+mean (section 4.3), optimality gap (4.3), performance profile (4.2), probability of improvement
+(4.3).
+
 Differences from the paper: `median` is that of all runs; the paper takes each task's mean first.
+Tasks may have unequal numbers of runs: all but the probability of improvement then weigh a task by
+its runs.
 """
 
 from __future__ import annotations
@@ -52,6 +58,24 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return ordered[cut : len(ordered) - cut].mean(axis=0)
 
 
+def optimality_gap(values: np.ndarray, target: float = 1.0) -> np.ndarray:
+    """Return by how much scores miss `target` on average over axis 0; what exceeds it counts as it.
+
+    Lower is better. A single lucky task cannot make up for a failed one, as it does in a mean.
+    """
+    return target - np.minimum(values, target).mean(axis=0)
+
+
+def performance_profile(thresholds: ArrayLike) -> Statistic:
+    """Return a statistic: the share of runs whose score is above each of T thresholds.
+
+    The statistic turns [runs, *points] into [*points, T], in [0, 1], falling along T. The area
+    under it from 0 up is the mean of non-negative scores.
+    """
+    taus = np.asarray(thresholds, dtype=np.float64)
+    return lambda values: (values[..., None] > taus).mean(axis=0)
+
+
 def stratified_bootstrap(
     strata: Sequence[ArrayLike],
     statistic: Statistic = mean,
@@ -76,16 +100,66 @@ def stratified_bootstrap(
         ValueError: a stratum without runs, a score that is not finite, or a confidence outside
             (0, 1).
     """
+    tasks = _checked(strata)
+    rng = np.random.default_rng(seed)
+    resampled = [task[rng.integers(len(task), size=(len(task), repetitions))] for task in tasks]
+    replicates = statistic(np.concatenate(resampled))
+    return _percentiles(np.asarray(statistic(np.concatenate(tasks))), replicates, confidence)
+
+
+def probability_of_improvement(
+    ours: Sequence[ArrayLike],
+    theirs: Sequence[ArrayLike],
+    *,
+    confidence: float = 0.95,
+    repetitions: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Return how likely a run of one agent beats a run of another on a task drawn at random.
+
+    Per task it is the share of pairs of runs that the first agent wins, a tie counting half (the
+    Mann-Whitney U statistic over the number of pairs); tasks count alike. 0.5 is no difference. The
+    two agents' runs are resampled independently, inside each task.
+
+    Args:
+        ours: one array [runs_k] per task, of the first agent.
+        theirs: the second agent's, the same tasks in the same order.
+        confidence: the interval's nominal coverage, in (0, 1).
+        repetitions: resamples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the agents' numbers of tasks differ, or as `stratified_bootstrap`.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"agents need the same tasks, got {len(ours)} and {len(theirs)}")
+    rng = np.random.default_rng(seed)
+    points, replicates = [], np.zeros(repetitions)
+    for first, second in zip(_checked(ours), _checked(theirs), strict=True):
+        wins = (first[:, None] > second) + 0.5 * (first[:, None] == second)
+        points.append(wins.mean())
+        # How often each run was drawn is enough: no resample is written out.
+        drawn = [
+            rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=repetitions)
+            for runs in (first, second)
+        ]
+        replicates += np.einsum("ri,ij,rj->r", drawn[0], wins, drawn[1], optimize=True) / wins.size
+    return _percentiles(np.mean(points), replicates / len(points), confidence)
+
+
+def _checked(strata: Sequence[ArrayLike]) -> list[np.ndarray]:
     tasks = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
     if not tasks or any(task.ndim == 0 or len(task) == 0 for task in tasks):
         raise ValueError("every stratum needs at least one run")
     if not all(np.isfinite(task).all() for task in tasks):
         raise ValueError("scores must be finite; leave out or name the runs that are not")
+    return tasks
+
+
+def _percentiles(point: np.ndarray, replicates: np.ndarray, confidence: float) -> Interval:
+    """Return the percentile interval of replicates [repetitions, *points]."""
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
-    rng = np.random.default_rng(seed)
-    resampled = [task[rng.integers(len(task), size=(len(task), repetitions))] for task in tasks]
-    replicates = statistic(np.concatenate(resampled))
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(replicates, [tail, 1.0 - tail], axis=0)
-    return Interval(np.asarray(statistic(np.concatenate(tasks))), low, high)
+    return Interval(np.asarray(point), low, high)

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from experiments.statistics import interquartile_mean, mean, median, stratified_bootstrap
+from experiments.statistics import (
+    interquartile_mean,
+    mean,
+    median,
+    optimality_gap,
+    performance_profile,
+    probability_of_improvement,
+    stratified_bootstrap,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,3 +118,58 @@ def test_same_seed_same_interval_and_another_seed_another() -> None:
 def test_impossible_input_is_refused(strata, confidence) -> None:
     with pytest.raises(ValueError, match=r"run|finite|confidence"):
         stratified_bootstrap(strata, confidence=confidence)
+
+
+def test_optimality_gap_by_hand_gives_no_credit_beyond_the_target() -> None:
+    assert optimality_gap(np.array([0.5, 0.75, 9.0, -0.25])) == pytest.approx(
+        (0.5 + 0.25 + 0 + 1.25) / 4
+    )
+    assert optimality_gap(np.array([1.0, 3.0]), target=2.0) == pytest.approx(0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.float64, st.integers(1, 12), elements=st.floats(0, 1)))
+def test_area_under_a_profile_is_the_mean_score(scores: np.ndarray) -> None:
+    thresholds = np.linspace(0, 1, 4001)
+    profile = performance_profile(thresholds)(scores)
+    assert (np.diff(profile) <= 0).all()
+    assert np.trapezoid(profile, thresholds) == pytest.approx(scores.mean(), abs=5e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(*[st.lists(st.integers(0, 4), min_size=1, max_size=6)] * 2),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_probability_of_improvement_is_mann_whitneys_u_per_pair(tasks: list) -> None:
+    first, second = zip(*tasks, strict=True)
+    expected = np.mean([
+        scipy.stats.mannwhitneyu(x, y, method="asymptotic").statistic / (len(x) * len(y))
+        for x, y in tasks
+    ])  # fmt: skip
+    found = probability_of_improvement(first, second, repetitions=50)
+    reverse = probability_of_improvement(second, first, repetitions=50)
+    assert found.point == pytest.approx(expected)
+    assert found.point + reverse.point == pytest.approx(1.0)
+    assert 0 <= found.low <= found.high <= 1 + 1e-12
+
+
+def test_interval_of_an_improvement_equals_all_resamples_enumerated() -> None:
+    ours, theirs = [1.0, 4.0], [2.0, 3.0, 5.0]
+    shares = np.sort([
+        np.mean([[x > y for y in b] for x in a])
+        for a in itertools.product(ours, repeat=2)
+        for b in itertools.product(theirs, repeat=3)
+    ])  # fmt: skip
+    found = probability_of_improvement([ours], [theirs], confidence=0.7, repetitions=40_000)
+    assert found.point == pytest.approx(2 / 6)
+    assert found.low == pytest.approx(np.quantile(shares, 0.15, method="inverted_cdf"))
+    assert found.high == pytest.approx(np.quantile(shares, 0.85, method="inverted_cdf"))
+
+
+def test_agents_with_other_numbers_of_tasks_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="same tasks"):
+        probability_of_improvement([[1.0]], [[1.0], [2.0]])
