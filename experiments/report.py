@@ -1,34 +1,43 @@
-"""Turn run folders into one HTML page with curves, a generalization table and videos.
+"""Turn run folders into a report: curves, tables, aggregates over tasks, saliency and videos.
 
     python -m experiments.report runs/sgqn-cartpole-1 --out report/
     python -m experiments.report runs/ --out report/ --overwrite
     python -m experiments.report 'runs/*cartpole*' --statistic iqm --out report/
 
-Runs of one agent on one task are seeds of one experiment and are reported together. The page
-carries its pictures and videos inside; the same figures (PNG) and tables (CSV) lie beside it.
+Runs of one agent on one task are seeds of one experiment and are reported together. report.html
+carries its pictures and videos inside; beside it lie the figures (PNG), the numbers (CSV), and the
+tables for a paper (report.md, tables.tex).
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from agents.core.errors import UserError
+from experiments import report_csv, report_plots, report_plots_across
 from experiments.arguments import Parser, run_command
-from experiments.report_html import render_html, slug
-from experiments.report_plots import diagnostics, generalization, learning_curves
+from experiments.report_aggregates import Aggregates, aggregate
+from experiments.report_blocks import Table, slug
+from experiments.report_html import render_html
+from experiments.report_page import Contents, blocks, title_of
 from experiments.report_runs import find_runs, read_run
-from experiments.report_scores import Summary, curve, differing, return_tags, settings, summarize
+from experiments.report_scores import Summary, summarize
+from experiments.report_text import render_latex, render_markdown
 from experiments.statistics import Statistic, interquartile_mean, mean
 
 PAGE = "report.html"
+TASK_FIGURES = ("curves", "efficiency", "generalization", "diagnostics")
+TABLES = ("curves", "efficiency", "generalization", "aggregates", "saliency", "runs")
 OURS = (
     PAGE,
-    *(f"{kind}_*.png" for kind in ("curves", "generalization", "diagnostics")),
-    *(f"{kind}.csv" for kind in ("curves", "generalization", "runs")),
+    "report.md",
+    "tables.tex",
+    "aggregates.png",
+    "profiles.png",
+    *(f"{kind}_*.png" for kind in TASK_FIGURES),
+    *(f"{kind}.csv" for kind in TABLES),
 )
 """What a report may replace in its folder."""
 STATISTICS = {"mean": mean, "iqm": interquartile_mean}
@@ -57,112 +66,66 @@ def build_report(
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"'{out}' exists and is not empty; add --overwrite or give another --out")
     summary = summarize([read_run(path) for path in find_runs(runs)])
-    figures: dict[str, bytes] = {}
-    for env_id in summary.env_ids:
-        drawn = {
-            "curves": learning_curves(summary, env_id, STATISTICS[statistic]),
-            "generalization": generalization(summary, env_id),
-            "diagnostics": diagnostics(summary, env_id),
-        }
-        figures |= {f"{kind}_{slug(env_id)}.png": png for kind, png in drawn.items() if png}
-    tables = {
-        "generalization.csv": _csv(_score_rows(summary)),
-        "curves.csv": _csv(_curve_rows(summary, STATISTICS[statistic])),
-        "runs.csv": _csv(_run_rows(summary)),
+    aggregates = aggregate(summary)
+    figures = _figures(summary, aggregates, STATISTICS[statistic])
+    tables = _tables(summary, aggregates, STATISTICS[statistic])
+    names = (*figures, *tables, "report.md", "tables.tex")
+    found = blocks(Contents(summary, aggregates, figures.keys(), names, statistic))
+    title = title_of(summary)
+    files = {
+        **figures,
+        **tables,
+        "report.md": render_markdown(found).encode(),
+        "tables.tex": render_latex(title, [b for b in found if isinstance(b, Table)]).encode(),
+        PAGE: render_html(title, found, figures).encode(),
     }
-    page = render_html(summary, figures, [*figures, *tables], statistic)
     # All is computed before the first file is touched: a failure leaves the old report whole.
     out.mkdir(parents=True, exist_ok=True)
     for pattern in OURS:
         for stale in out.glob(pattern):
             stale.unlink()
-    for name, content in {**figures, **tables, PAGE: page.encode()}.items():
+    for name, content in files.items():
         (out / name).write_bytes(content)
     return out / PAGE
 
 
-def _score_rows(summary: Summary) -> Iterable[dict[str, object]]:
+def _figures(
+    summary: Summary, aggregates: Aggregates | None, statistic: Statistic
+) -> dict[str, bytes]:
+    """Return PNG bytes by file name; what there is no data for is absent."""
+    found: dict[str, bytes | None] = {}
     for env_id in summary.env_ids:
-        rows = [
-            (group.agent, name, group.scores[name], group.learned)
-            for group in summary.of(env_id)
-            for name in summary.distractions(env_id)
-            if name in group.scores
-        ]
-        if env_id in summary.random:
-            rows.append(("random", "clean", summary.random[env_id], None))
-        for agent, name, score, learned in rows:
-            over = "seeds" if score.runs > 1 else "episodes"
-            low, high = score.gap_interval or (None, None)
-            yield {
-                "env": env_id,
-                "agent": agent,
-                "distraction": name,
-                "mean": score.mean,
-                "low_95": score.low,
-                "high_95": score.high,
-                "iqm": score.iqm,
-                "gap_percent": score.gap,
-                "gap_low_95": low,
-                "gap_high_95": high,
-                "success": score.success,
-                "seeds": score.runs if agent != "random" else None,
-                "episodes": score.episodes,
-                "interval_over": over,
-                "learned": learned,
-            }
+        drawn = (
+            report_plots.learning_curves(summary, env_id, statistic),
+            report_plots.efficiency(summary, env_id, statistic),
+            report_plots.generalization(summary, env_id),
+            report_plots.diagnostics(summary, env_id),
+        )
+        found |= {
+            f"{kind}_{slug(env_id)}.png": png for kind, png in zip(TASK_FIGURES, drawn, strict=True)
+        }
+    if aggregates:
+        found["aggregates.png"] = report_plots_across.aggregates(summary, aggregates)
+        found["profiles.png"] = report_plots_across.profiles(summary, aggregates)
+    return {name: png for name, png in found.items() if png}
 
 
-def _curve_rows(summary: Summary, statistic: Statistic) -> Iterable[dict[str, object]]:
-    for group in summary.groups:
-        for tag in return_tags(group.runs):
-            line = curve(group.runs, tag, statistic)
-            if line is None:
-                continue
-            for step, point, low, high in zip(
-                line.steps, line.point, line.low, line.high, strict=True
-            ):
-                yield {
-                    "env": group.env_id,
-                    "agent": group.agent,
-                    "tag": tag,
-                    "agent_steps": step,
-                    "value": point,
-                    "low_95": low if line.seeds > 1 else None,
-                    "high_95": high if line.seeds > 1 else None,
-                    "seeds": line.seeds,
-                }
-
-
-def _run_rows(summary: Summary) -> Iterable[dict[str, object]]:
-    names = differing(summary.runs)
-    for group in summary.groups:
-        for run in group.runs:
-            found = settings(run)
-            returns = run.evaluation.results if run.evaluation else {}
-            yield {
-                "run": str(run.path),
-                "env": run.env_id,
-                "agent": run.agent,
-                "seed": run.seed,
-                **run.counters,
-                **{f"return {name}": result.returns.mean() for name, result in returns.items()},
-                **{name: found.get(name) for name in names},
-            }
-
-
-def _csv(rows: Iterable[Mapping[str, object]]) -> bytes:
-    """Return a table whose columns are all keys in order of appearance; None is an empty cell."""
-    rows = [
-        {key: f"{value:.7g}" if isinstance(value, float) else value for key, value in row.items()}
-        for row in rows
-    ]
-    columns = dict.fromkeys(key for row in rows for key in row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+def _tables(
+    summary: Summary, aggregates: Aggregates | None, statistic: Statistic
+) -> dict[str, bytes]:
+    """Return CSV bytes by file name; what there is no data for is absent, but for the first ones."""
+    found = (
+        report_csv.curve_rows(summary, statistic),
+        report_csv.efficiency_rows(summary, statistic),
+        report_csv.score_rows(summary),
+        report_csv.aggregate_rows(aggregates),
+        report_csv.looks_rows(summary),
+        report_csv.run_rows(summary),
+    )
+    contents = {
+        f"{kind}.csv": report_csv.to_csv(rows) for kind, rows in zip(TABLES, found, strict=True)
+    }
+    return {name: content for name, content in contents.items() if content.strip()}
 
 
 def parser() -> Parser:

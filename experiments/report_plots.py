@@ -18,8 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.typing import LineStyleType
 
-from experiments.report_runs import Run
-from experiments.report_scores import Curve, Summary, align, curve, return_tags
+from experiments.report_runs import AXES, Axis, Run
+from experiments.report_scores import (
+    Curve,
+    Group,
+    Summary,
+    align,
+    curve,
+    efficiency_tag,
+    return_tags,
+)
 from experiments.statistics import Statistic
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
@@ -34,6 +42,12 @@ LINES: tuple[LineStyleType, ...] = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 Style = tuple[str, LineStyleType, str]
+AXIS_LABELS: dict[Axis, str] = {
+    "agent_steps": "agent steps",
+    "env_frames": "environment frames",
+    "gradient_updates": "gradient updates",
+    "wall_minutes": "wall clock (minutes)",
+}
 MAX_PANELS = 12
 """Of what else was logged; losses come first."""
 STYLE: Any = {
@@ -63,15 +77,33 @@ def learning_curves(summary: Summary, env_id: str, statistic: Statistic) -> byte
         axes.set_title(panels[tag])
         axes.set_ylabel("return per episode")
         if env_id in summary.random:
-            axes.axhline(
-                summary.random[env_id].mean, color="#777777", lw=1, ls=(0, (2, 3)), label="random"
-            )
+            _random_line(axes, summary.random[env_id].mean)
         for group in summary.of(env_id):
             line = curve(group.runs, tag, statistic)
             if line is not None:
-                _band(axes, group.agent, _style(summary, group.agent), line)
+                _band(axes, _label(group, line.seeds), style(summary, group.agent), line)
 
     return _grid(list(panels), _step_label(runs), draw)
+
+
+def efficiency(summary: Summary, env_id: str, statistic: Statistic) -> bytes | None:
+    """Draw the return against each cost: steps, frames, updates and minutes."""
+    tag = efficiency_tag(run for group in summary.of(env_id) for run in group.runs)
+    if tag is None:
+        return None
+
+    def draw(axes: Axes, name: str) -> None:
+        axis: Axis = next(axis for axis in AXES if axis == name)
+        axes.set_xlabel(AXIS_LABELS[axis])
+        axes.set_ylabel("return per episode")
+        if env_id in summary.random:
+            _random_line(axes, summary.random[env_id].mean)
+        for group in summary.of(env_id):
+            line = curve(group.runs, tag, statistic, axis)
+            if line is not None:
+                _band(axes, _label(group, line.seeds), style(summary, group.agent), line)
+
+    return _grid(list(AXES), "", draw)
 
 
 def diagnostics(summary: Summary, env_id: str) -> bytes | None:
@@ -86,8 +118,9 @@ def diagnostics(summary: Summary, env_id: str) -> bytes | None:
             aligned = align(group.runs, tag)
             if aligned is not None:
                 steps, values = aligned
-                color, dashes, _ = _style(summary, group.agent)
-                axes.plot(steps, values.mean(0), color=color, ls=dashes, label=group.agent)
+                color, dashes, _ = style(summary, group.agent)
+                label = _label(group, len(values))
+                axes.plot(steps, values.mean(0), color=color, ls=dashes, label=label)
 
     panels = sorted(tags, key=_panel_order)[:MAX_PANELS]
     return _grid(panels, _step_label(runs), draw, columns=3)
@@ -105,9 +138,9 @@ def generalization(summary: Summary, env_id: str) -> bytes | None:
         if env_id in summary.random:
             random = summary.random[env_id]
             axes.axhspan(random.low, random.high, color="#dddddd", lw=0)
-            axes.axhline(random.mean, color="#777777", lw=1, ls=(0, (2, 3)), label="random")
+            _random_line(axes, random.mean)
         for index, group in enumerate(groups):
-            color, _, marker = _style(summary, group.agent)
+            color, _, marker = style(summary, group.agent)
             places = [i for i, name in enumerate(names) if name in group.scores]
             scores = [group.scores[names[i]] for i in places]
             shift = 0.12 * (index - (len(groups) - 1) / 2)
@@ -123,32 +156,36 @@ def generalization(summary: Summary, env_id: str) -> bytes | None:
                 markersize=6,
                 capsize=3,
                 elinewidth=1.4,
-                label=_counted(group.agent, max(score.runs for score in scores)),
+                label=_label(group, max(score.runs for score in scores)),
             )
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("return per episode")
         axes.set_xlabel("distraction in evaluation")
-        _legend(figure, [axes])
-        return _png(figure)
+        legend(figure, [axes])
+        return png(figure)
 
 
-def _band(axes: Axes, agent: str, style: Style, line: Curve) -> None:
-    color, dashes, marker = style
+def _random_line(axes: Axes, value: float) -> None:
+    axes.axhline(value, color="#777777", lw=1, ls=(0, (2, 3)), label="random")
+
+
+def _band(axes: Axes, label: str, look: Style, line: Curve) -> None:
+    color, dashes, marker = look
     axes.plot(
-        line.steps,
+        line.spent,
         line.point,
         color=color,
         ls=dashes,
         marker=marker,
-        markevery=max(1, len(line.steps) // 8),
-        label=_counted(agent, line.seeds),
+        markevery=max(1, len(line.spent) // 8),
+        label=label,
     )
     if line.seeds > 1:
-        axes.fill_between(line.steps, line.low, line.high, color=color, alpha=0.18, lw=0)
+        axes.fill_between(line.spent, line.low, line.high, color=color, alpha=0.18, lw=0)
         for limit in (line.low, line.high):
-            axes.plot(line.steps, limit, color=color, lw=0.5, alpha=0.6)
+            axes.plot(line.spent, limit, color=color, lw=0.5, alpha=0.6)
 
 
 def _grid(
@@ -169,12 +206,14 @@ def _grid(
             axes.set_xlim(left=0)
         for axes in panels[len(tags) :]:
             axes.remove()
-        figure.supxlabel(label, fontsize=9)
-        _legend(figure, panels[: len(tags)])
-        return _png(figure)
+        if label:
+            figure.supxlabel(label, fontsize=9)
+        legend(figure, panels[: len(tags)])
+        return png(figure)
 
 
-def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+def legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Put one legend with every label above the panels."""
     entries: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -184,20 +223,21 @@ def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
             list(entries.values()),
             list(entries),
             loc="outside upper left",
-            ncols=min(5, len(entries)),
+            ncols=min(5, len(entries), max(1, 110 // max(map(len, entries)))),
             handlelength=2.6,
             columnspacing=1.4,
         )
 
 
-def _style(summary: Summary, agent: str) -> Style:
+def style(summary: Summary, agent: str) -> Style:
     """Return an agent's look, the same in every figure of a report."""
     index = sorted({group.agent for group in summary.groups}).index(agent)
     return COLORS[index % 7], LINES[index % 7], MARKERS[index % 7]
 
 
-def _counted(agent: str, seeds: int) -> str:
-    return f"{agent} (n = {seeds})"
+def _label(group: Group, seeds: int) -> str:
+    """Return an agent's name in a legend, with its seeds and whether it learned."""
+    return f"{group.agent} (n = {seeds}{', did not learn' if group.learned is False else ''})"
 
 
 def _step_label(runs: list[Run]) -> str:
@@ -222,7 +262,8 @@ def _panel_order(tag: str) -> tuple[int, str]:
     return next((i for i, prefix in enumerate(order) if tag.startswith(prefix)), len(order)), tag
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return the figure's bytes."""
     buffer = io.BytesIO()
     # No creation time or version inside: the same runs give the same bytes.
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -21,6 +21,30 @@ from agents.core.errors import UserError
 from experiments.runs import SCHEMA
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
+
+Axis = Literal["agent_steps", "env_frames", "gradient_updates", "wall_minutes"]
+"""What a run has spent when it logs a value."""
+AXES: tuple[Axis, ...] = get_args(Axis)
+
+SALIENCY = ("iou", "energy", "pointing", "area")
+"""How saliency lies on the body: overlap with it, share inside it, how often its peak does; and
+the body's share of the picture, which is what a random look would score."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A logged value beside what was spent until then; arrays are float64 [P], in log order."""
+
+    agent_steps: np.ndarray
+    env_frames: np.ndarray
+    gradient_updates: np.ndarray
+    wall_minutes: np.ndarray
+    values: np.ndarray
+    """Finite."""
+
+    def along(self, axis: Axis) -> np.ndarray:
+        """Return what was spent, on one of the axes."""
+        return getattr(self, axis)
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,8 @@ class Result:
     """float64 [episodes], finite."""
     success: float | None
     """Share of successful episodes in [0, 1], where the simulator knows success."""
+    saliency: Mapping[str, float] = field(default_factory=dict)
+    """Where the agent looks, mean over episodes in [0, 1]: `SALIENCY`; empty if not measured."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +86,8 @@ class Run:
     command: str
     counters: dict[str, float] = field(default_factory=dict)
     """Last agent_steps, env_frames, gradient_updates and wall_seconds; empty without metrics."""
-    series: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    """tag -> (agent steps [P], values [P]), finite, in order of logging."""
+    series: dict[str, Series] = field(default_factory=dict)
+    """By tag."""
     evaluation: Evaluation | None = None
     random_returns: list[tuple[float, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -179,7 +205,8 @@ def _read_metrics(run: Run) -> None:
     tags = np.array([tag for _, tag in rows])
     for tag in np.unique(tags[kept & finite]):
         chosen = kept & finite & (tags == tag)
-        run.series[str(tag)] = (steps[chosen], numbers[chosen, 4])
+        decisions, frames, updates, seconds, values = numbers[chosen].T
+        run.series[str(tag)] = Series(decisions, frames, updates, seconds / 60.0, values)
 
 
 def _read_evaluations(run: Run) -> None:
@@ -224,13 +251,29 @@ def _merge(run: Run, path: Path, results: dict[str, dict[str, Any]]) -> None:
             run.notes.append(f"{name}: some returns are missing or not finite, left out")
         if not len(returns):
             continue
-        evaluation.results[name] = Result(returns, float(success.mean()) if len(success) else None)
+        evaluation.results[name] = Result(
+            returns,
+            float(success.mean()) if len(success) else None,
+            _read_saliency(run, name, result.get("saliency")),
+        )
         media = path.with_suffix("")
         for video in (media / f"{name}{suffix}" for suffix in VIDEO_SUFFIXES):
             if video.is_file():
                 evaluation.videos[name] = video
         if (media / f"{name}_saliency.png").is_file():
             evaluation.saliency[name] = media / f"{name}_saliency.png"
+
+
+def _read_saliency(run: Run, name: str, content: Any) -> dict[str, float]:
+    """Return the mean over episodes of every known measure; a broken one becomes a note."""
+    if content is None:
+        return {}
+    known = content if isinstance(content, dict) else {}
+    lists = {key: known[key] for key in SALIENCY if isinstance(known.get(key), list)}
+    means = {key: _finite(values) for key, values in lists.items()}
+    if not lists or any(len(means[key]) < max(1, len(lists[key])) for key in lists):
+        run.notes.append(f"{name}: some saliency scores are missing or not finite, left out")
+    return {key: float(values.mean()) for key, values in means.items() if len(values)}
 
 
 def _is_evaluation(content: Mapping[str, Any]) -> bool:

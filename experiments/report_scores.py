@@ -1,15 +1,14 @@
-"""Scores with intervals, curves on common steps, and what a reader must be warned of."""
+"""Scores with intervals, and curves on common steps."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from experiments.report_runs import Run
+from experiments.report_runs import Axis, Run
 from experiments.statistics import Statistic, interquartile_mean, mean, stratified_bootstrap
 
 CLEAN = "clean"
@@ -40,9 +39,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Curve:
-    """A statistic over seeds along agent steps, with a 95 % interval; arrays are float64 [P]."""
+    """A statistic over seeds along what was spent, with a 95 % interval; arrays are float64 [P]."""
 
-    steps: np.ndarray
+    spent: np.ndarray
     point: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -69,7 +68,6 @@ class Summary:
     groups: list[Group]
     random: dict[str, Score]
     """env id -> the random policy, over episodes."""
-    cautions: list[str]
 
     @property
     def env_ids(self) -> list[str]:
@@ -105,10 +103,7 @@ def summarize(runs: list[Run]) -> Summary:
         if CLEAN in scores and env_id in random:
             learned = scores[CLEAN].low > random[env_id].high
         groups.append(Group(agent, env_id, members, scores, learned))
-    cautions = [text for group in groups for text in _group_cautions(group)]
-    for env_id in dict.fromkeys(group.env_id for group in groups):
-        cautions += _task_cautions(env_id, [run for run in runs if run.env_id == env_id])
-    return Summary(runs, groups, random, cautions)
+    return Summary(runs, groups, random)
 
 
 def _score(returns: list[np.ndarray]) -> Score:
@@ -140,12 +135,12 @@ def _score_group(runs: list[Run], name: str) -> Score:
     # A share of a return that is zero or negative has no meaning.
     if name == CLEAN or not pairs or any(clean <= 0 for clean, _ in pairs):
         return score
-    interval = stratified_bootstrap([np.array(pairs)], _gap_percent)
+    interval = stratified_bootstrap([np.array(pairs)], gap_percent)
     limits = (float(interval.low), float(interval.high)) if len(pairs) > 1 else None
     return replace(score, gap=float(interval.point), gap_interval=limits)
 
 
-def _gap_percent(pairs: np.ndarray) -> np.ndarray:
+def gap_percent(pairs: np.ndarray) -> np.ndarray:
     """Return what is lost against clean, in percent.
 
     Args:
@@ -155,14 +150,16 @@ def _gap_percent(pairs: np.ndarray) -> np.ndarray:
     return 100.0 * (1.0 - distracted / clean)
 
 
-def curve(runs: list[Run], tag: str, statistic: Statistic = mean) -> Curve | None:
-    """Return a logged value over agent steps; None if the runs share no range of steps."""
-    aligned = align(runs, tag)
+def curve(
+    runs: list[Run], tag: str, statistic: Statistic = mean, axis: Axis = "agent_steps"
+) -> Curve | None:
+    """Return a logged value along an axis; None if the runs share no range of it."""
+    aligned = align(runs, tag, axis)
     if aligned is None:
         return None
-    steps, values = aligned
+    spent, values = aligned
     interval = stratified_bootstrap([values], statistic, repetitions=2_000)
-    return Curve(steps, interval.point, interval.low, interval.high, len(values))
+    return Curve(spent, interval.point, interval.low, interval.high, len(values))
 
 
 def return_tags(runs: Iterable[Run]) -> dict[str, str]:
@@ -178,97 +175,43 @@ def in_order(names: set[str]) -> list[str]:
     return [d for d in KNOWN_ORDER if d in names] + sorted(names - set(KNOWN_ORDER))
 
 
-def align(runs: Iterable[Run], tag: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Put the runs' values of a tag on common agent steps.
+def efficiency_tag(runs: Iterable[Run]) -> str | None:
+    """Return what sample efficiency is read from: clean evaluation, else training; None without."""
+    tags = {tag for run in runs for tag in run.series}
+    known = (f"eval/{CLEAN}/return_mean", "train/episode_return")
+    return next((tag for tag in known if tag in tags), None)
 
-    Runs that logged at the same steps are taken as they are. Others are averaged in bins and
+
+def align(
+    runs: Iterable[Run], tag: str, axis: Axis = "agent_steps"
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Put the runs' values of a tag on common places of an axis.
+
+    Runs that logged at the same places are taken as they are. Others are averaged in bins and
     interpolated over the range that all share, so no seed drops out along a curve.
 
     Returns:
-        agent steps [P] and values [runs, P] of the runs that logged the tag; None if they share no
+        places [P] and values [runs, P] of the runs that logged the tag; None if they share no
         range.
     """
     series = [run.series[tag] for run in runs if tag in run.series]
     if not series:
         return None
-    first = series[0][0]
+    places = [one.along(axis) for one in series]
+    first = places[0]
     if len(first) <= CURVE_POINTS and len(np.unique(first)) == len(first):
-        if all(np.array_equal(first, steps) for steps, _ in series):
-            return first, np.stack([values for _, values in series])
-    start = max(steps[0] for steps, _ in series)
-    stop = min(steps[-1] for steps, _ in series)
+        if all(np.array_equal(first, other) for other in places):
+            return first, np.stack([one.values for one in series])
+    start = max(place[0] for place in places)
+    stop = min(place[-1] for place in places)
     if stop <= start:
         return None
     width = (stop - start) / CURVE_POINTS
     grid = start + width * (np.arange(CURVE_POINTS) + 0.5)
     rows = []
-    for steps, values in series:
-        _, bins = np.unique(np.floor((steps - start) / width), return_inverse=True)
+    for place, one in zip(places, series, strict=True):
+        _, bins = np.unique(np.floor((place - start) / width), return_inverse=True)
         counts = np.bincount(bins)
-        centers = np.bincount(bins, steps) / counts
-        rows.append(np.interp(grid, centers, np.bincount(bins, values) / counts))
+        centers = np.bincount(bins, place) / counts
+        rows.append(np.interp(grid, centers, np.bincount(bins, one.values) / counts))
     return grid, np.stack(rows)
-
-
-def settings(run: Run) -> dict[str, str]:
-    """Return everything that was set or found for a run, as dotted name -> text."""
-    flat: dict[str, str] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        if isinstance(node, Mapping) and node:
-            for key, value in node.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), value)
-        else:
-            flat[prefix] = str(node)
-
-    walk("", {k: v for k, v in run.config.items() if k not in ("schema", "agent", "spaces")})
-    walk("system", run.system)
-    flat.pop("env.id", None)
-    return flat
-
-
-def differing(runs: list[Run]) -> list[str]:
-    """Return the settings, besides seeds, in which runs differ.
-
-    A setting that only some of the agents have (SGQN's quantile) is compared among those.
-    """
-    flat = [settings(run) for run in runs]
-    values: dict[str, set[str]] = {}
-    for one in flat:
-        for name, value in one.items():
-            values.setdefault(name, set()).add(value)
-    return sorted(
-        name for name, found in values.items() if len(found) > 1 and not name.endswith("seed")
-    )
-
-
-def _group_cautions(group: Group) -> Iterable[str]:
-    name = f"{group.agent} on {group.env_id}"
-    # Neither the machine nor the number of workers changes what is learned.
-    names = [n for n in differing(group.runs) if not n.startswith(("system.", "vector."))]
-    if names:
-        yield f"{name}: its runs differ in {', '.join(names)}, so their mean mixes settings."
-    seeds = [run.seed for run in group.runs]
-    if len(set(seeds)) < len(seeds):
-        yield f"{name}: a seed occurs twice ({seeds}), so its interval is too narrow."
-    evaluations = [run.evaluation for run in group.runs if run.evaluation]
-    steps = sorted({evaluation.agent_steps for evaluation in evaluations})
-    if len(steps) > 1:
-        yield f"{name}: its runs were evaluated after different numbers of agent steps ({steps})."
-    if any(evaluation.split != "test" for evaluation in evaluations):
-        yield f"{name}: evaluated on another split than test, so its scores may be optimistic."
-    for run in group.runs:
-        planned, done = run.config.get("train", {}).get("steps"), run.counters.get("agent_steps")
-        if isinstance(planned, int) and done is not None and done < planned:
-            yield f"{run.label}: stopped at {done:,.0f} of {planned:,} agent steps."
-
-
-def _task_cautions(env_id: str, runs: list[Run]) -> Iterable[str]:
-    for key, what in (("env.quality", "render qualities"), ("system.gl_renderer", "renderers")):
-        found = sorted({settings(run).get(key, "unknown") for run in runs})
-        if len(found) > 1:
-            yield f"{env_id}: runs saw different {what} ({'; '.join(found)}); do not compare them."
-    evaluations = [run.evaluation for run in runs if run.evaluation]
-    protocols = sorted({f"{e.split} split, {e.backgrounds} videos" for e in evaluations})
-    if len(protocols) > 1:
-        yield f"{env_id}: evaluated differently ({'; '.join(protocols)}); do not compare them."

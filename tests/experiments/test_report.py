@@ -200,7 +200,7 @@ def test_same_runs_give_the_same_bytes(two_agents: Path, tmp_path: Path) -> None
     first = build_report([two_agents], tmp_path / "a").parent
     second = build_report([two_agents], tmp_path / "b").parent
     names = sorted(path.name for path in first.iterdir())
-    assert len(names) == 6
+    assert len(names) == 13
     assert names == sorted(path.name for path in second.iterdir())
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
@@ -269,9 +269,9 @@ def test_what_a_killed_process_logged_after_its_checkpoint_is_left_out(make_run:
     with (run / "metrics.csv").open("a") as file:
         file.write("400,3200,200,40.0,train/episode_return,nan\n450,36")
     read = read_run(run)
-    steps, values = read.series["train/episode_return"]
-    assert steps.tolist() == [100, 200, 250, 350]
-    assert values.tolist() == [1.0, 2.0, 2.5, 3.5]
+    series = read.series["train/episode_return"]
+    assert series.agent_steps.tolist() == [100, 200, 250, 350]
+    assert series.values.tolist() == [1.0, 2.0, 2.5, 3.5]
     assert read.counters["agent_steps"] == 400
     assert any("1 unreadable line" in note for note in read.notes)
     assert any("1 logged value(s) are not finite" in note for note in read.notes)
