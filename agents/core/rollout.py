@@ -1,0 +1,232 @@
+"""What N parallel environments did in T steps of one policy, for on-policy learning.
+
+A rollout is a replay that is emptied: frames are kept once as uint8, stacks are made when a minibatch is drawn, the
+true last observation of an episode is a row of its own, and checkpoints in mid-rollout are exact. An action may be a
+chunk (an action space of shape [chunk, A]); what was sampled on the way to an action, such as the steps of a denoising
+chain, is an extra field with an inner axis of its own ([K, ...]).
+Arrays are [T, N], time first, on the learner's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.core.errors import UserError
+from agents.core.fields import Field, Storage
+from agents.core.replay import Replay
+
+Evaluate = Callable[[dict[str, Tensor]], Tensor]
+"""From a batch of observations [M, ...] to their values [M]."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The steps of a rollout, [T, N] each."""
+
+    action: Tensor
+    """float32 [T, N, ...], or int64 [T, N]."""
+    reward: Tensor
+    """float32."""
+    terminated: Tensor
+    """bool: the episode truly ended with this step."""
+    truncated: Tensor
+    """bool: it was cut off after this step, by a time limit or because its worker died in the next one."""
+    kept: Tensor
+    """bool: False where the step is to be left out, as nobody knows what came of it."""
+    extras: dict[str, Tensor]
+    """The declared extra fields, [T, N, ...]."""
+    rollout: Rollout
+    """Where the observations are; valid until it is cleared."""
+
+    def observation(self, index: Tensor) -> dict[str, Tensor]:
+        """Return what was seen before steps, [M, ...], stacks whole.
+
+        Args:
+            index: int64 [M] on the CPU, numbers of steps in the flattened [T, N].
+        """
+        return self.rollout.observe(index, ahead=0)
+
+    def next_observation(self, index: Tensor) -> dict[str, Tensor]:
+        """Return what was seen after steps, at an episode's end its own last observation."""
+        return self.rollout.observe(index, ahead=1)
+
+    def next_values(self, value: Tensor, evaluate: Evaluate) -> Tensor:
+        """Return the values of what followed every step, [T, N]; 0 after terminations.
+
+        The next step's value where the episode goes on; only the others are evaluated.
+
+        Args:
+            value: [T, N], of what was seen before every step.
+            evaluate: the critic.
+        """
+        following = torch.zeros_like(value)
+        following[:-1] = value[1:]
+        following[self.terminated] = 0
+        cut = self.truncated.clone()
+        cut[-1] |= ~self.terminated[-1]
+        cut &= self.kept
+        index = cut.flatten().nonzero()[:, 0].cpu()
+        if len(index):
+            values = evaluate(self.next_observation(index)).to(following)
+            following.view(-1)[index.to(following.device)] = values
+        return following
+
+    def minibatches(self, size: int, generator: np.random.Generator) -> Iterator[Tensor]:
+        """Yield shuffled step numbers, int64 [M] on the CPU with M about `size`: every kept step once."""
+        index = self.kept.flatten().nonzero()[:, 0].cpu().numpy()
+        shuffled = generator.permutation(index)
+        for part in np.array_split(shuffled, max(1, round(len(shuffled) / size))):
+            yield torch.from_numpy(part)
+
+
+class Rollout(Replay):
+    """A store for the steps between two updates of a policy.
+
+    Args:
+        observation_space: see `Replay`.
+        action_space: see `Replay`; of shape [chunk, A] for chunks.
+        length: T, steps of every environment.
+        num_envs: N.
+        frame_stack: frames in a stack.
+        extras: further fields of every step, such as `log_prob` and `value`.
+        device: where minibatches are needed.
+        storage: see `Replay`.
+        log: gets one line that says what the store takes, before it takes it.
+
+    Raises:
+        UserError: the length is not positive, or as `Replay`.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        *,
+        length: int,
+        num_envs: int,
+        frame_stack: int = 3,
+        extras: Mapping[str, Field] | None = None,
+        device: str | torch.device = "cpu",
+        storage: Storage = "auto",
+        directory: str | Path | None = None,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        if length < 1:
+            raise UserError(f"the rollout's length is {length}; give at least 1 step")
+        self.length = length
+        super().__init__(
+            observation_space,
+            action_space,
+            # Two rows for every step, should each end an episode, and the first step's stack.
+            capacity=num_envs * (2 * length + frame_stack + 1),
+            num_envs=num_envs,
+            frame_stack=frame_stack,
+            extras=extras,
+            device=device,
+            storage=storage,
+            directory=directory,
+            log=log,
+        )
+        self.clear()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether T steps are there."""
+        return len(self._ids) == self.length
+
+    def clear(self) -> None:
+        """Begin the next rollout; episodes go on."""
+        self._ids: list[np.ndarray] = []  # int64 [N] of every step, -1 where dropped
+        self._cut: list[np.ndarray] = []  # bool [N]
+
+    def add(
+        self,
+        action: Any,
+        reward: Any,
+        terminated: Any,
+        truncated: Any,
+        observation: Any,
+        final_observation: Any = None,
+        dropped: Any = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """Store one step of every environment; see `Replay.add`.
+
+        Raises:
+            RuntimeError: the rollout is full.
+        """
+        if self.is_full:
+            raise RuntimeError(f"the rollout holds its {self.length} steps: clear it first")
+        ids = super().add(
+            action, reward, terminated, truncated, observation, final_observation, dropped, extras
+        )
+        lost = ids < 0
+        if self._cut:
+            # What the lost step would have led to is unknown: the one before ends with what it led to.
+            self._cut[-1] |= lost & (self._ids[-1] >= 0)
+        self._ids.append(ids)
+        self._cut.append(np.asarray(truncated, bool) & ~np.asarray(terminated, bool) & ~lost)
+        return ids
+
+    def experience(self) -> Experience:
+        """Return the steps since the last `clear`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self._ids:
+            raise ValueError("the rollout is empty: add steps before learning from them")
+        ids = np.stack(self._ids)
+        kept = torch.from_numpy(ids >= 0).to(self.device)
+        found = np.maximum(ids, 0)  # lost steps show some row, and are blanked
+        counter, env = np.divmod(found, self.num_envs)
+        slots = self._slots(counter, env)
+
+        def read(name: str) -> Tensor:
+            values = self._gather(name, slots)
+            values[~kept] = 0
+            return values
+
+        terminated = read("terminated")
+        cut = torch.from_numpy(np.stack(self._cut)).to(self.device)
+        return Experience(
+            action=read("action"),
+            reward=read("reward"),
+            terminated=terminated,
+            truncated=cut & ~terminated,
+            kept=kept,
+            extras={name: read(name) for name in self._extras},
+            rollout=self,
+        )
+
+    def observe(self, index: Tensor, ahead: int) -> dict[str, Tensor]:
+        """Return the observations `ahead` rows after the ones in which steps were taken, [M, ...]."""
+        ids = np.stack(self._ids).reshape(-1)[index.numpy()]
+        if (ids < 0).any():
+            raise ValueError("a step that was dropped has no observations: leave it out by `kept`")
+        counter, env = np.divmod(ids, self.num_envs)
+        return self._observe(env, counter + ahead)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the replay's state and which of its rows are this rollout's."""
+        shape = (0, self.num_envs)
+        ids = np.stack(self._ids) if self._ids else np.zeros(shape, np.int64)
+        cut = np.stack(self._cut) if self._cut else np.zeros(shape, bool)
+        return super().get_state() | {"rollout": {"ids": ids, "cut": cut}}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Restore `get_state`; see `Replay.set_state`."""
+        super().set_state(state)
+        self._ids = list(np.array(state["rollout"]["ids"]))
+        self._cut = list(np.array(state["rollout"]["cut"]))
+
+    def _layout(self) -> dict[str, Any]:
+        return super()._layout() | {"length": self.length}
