@@ -1,8 +1,9 @@
-"""Action distributions: a tanh-squashed Gaussian (SAC) and a clipped Gaussian (DrQ-v2)."""
+"""Action distributions: a tanh-squashed Gaussian (SAC), a clipped one (DrQ-v2), and those of on-policy agents."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,3 +52,62 @@ def clipped_gaussian(
     action = mean + offset
     limit = 1.0 - 1e-6
     return action - action.detach() + action.detach().clamp(-limit, limit)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent normal distributions over the parts of an action; nothing bounds it.
+
+    Attributes:
+        mean: float32 [B, A].
+        log_std: broadcastable to it.
+    """
+
+    mean: Tensor
+    log_std: Tensor
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Return one draw for each row, [B, A], without gradient."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        return (self.mean + self.log_std.exp() * noise).detach()
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Return log-densities [B], summed over parts."""
+        scaled = (action - self.mean) * torch.exp(-self.log_std)
+        return (-0.5 * scaled.square() - self.log_std - _HALF_LOG_2PI).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Return differential entropies [B] in nats."""
+        return (self.log_std + 0.5 + _HALF_LOG_2PI).expand_as(self.mean).sum(-1)
+
+    def mode(self) -> Tensor:
+        """Return the most likely actions [B, A]."""
+        return self.mean
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of several actions.
+
+    Attributes:
+        logits: float32 [B, number of actions], unnormalized log-probabilities.
+    """
+
+    logits: Tensor
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Return one draw for each row, int64 [B]."""
+        return torch.multinomial(self.logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Return log-probabilities [B]."""
+        return self.logits.log_softmax(-1).gather(-1, action[:, None])[:, 0]
+
+    def entropy(self) -> Tensor:
+        """Return entropies [B] in nats."""
+        log_probs = self.logits.log_softmax(-1)
+        return -(log_probs.exp() * log_probs).sum(-1)
+
+    def mode(self) -> Tensor:
+        """Return the most likely actions, int64 [B]."""
+        return self.logits.argmax(-1)

@@ -4,6 +4,7 @@ A rollout is a replay that is emptied: frames are kept once as uint8, stacks are
 true last observation of an episode is a row of its own, and checkpoints in mid-rollout are exact. An action may be a
 chunk (an action space of shape [chunk, A]); what was sampled on the way to an action, such as the steps of a denoising
 chain, is an extra field with an inner axis of its own ([K, ...]).
+
 Arrays are [T, N], time first, on the learner's device.
 """
 

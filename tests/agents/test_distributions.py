@@ -4,7 +4,13 @@ import torch
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from agents.core.distributions import bound_log_std, clipped_gaussian, squashed_gaussian
+from agents.core.distributions import (
+    Categorical,
+    Gaussian,
+    bound_log_std,
+    clipped_gaussian,
+    squashed_gaussian,
+)
 
 
 def test_squashed_log_prob_equals_torch_distributions_in_double_precision():
@@ -50,3 +56,32 @@ def test_clipped_gaussian_keeps_the_gradient_of_the_mean_at_the_border():
     mean = torch.tensor([[0.99]], requires_grad=True)
     clipped_gaussian(mean, 1.0, torch.tensor([[3.0]]), None).sum().backward()
     assert mean.grad.item() == 1.0
+
+
+def test_gaussians_and_categoricals_equal_torch_distributions():
+    torch.manual_seed(0)
+    mean, log_std = torch.randn(5, 3), torch.randn(3)
+    action = torch.randn(5, 3)
+    reference = Normal(mean, log_std.exp())
+    ours = Gaussian(mean, log_std)
+    torch.testing.assert_close(ours.log_prob(action), reference.log_prob(action).sum(-1))
+    torch.testing.assert_close(ours.entropy(), reference.entropy().sum(-1))
+    logits = torch.randn(5, 4)
+    choice = torch.tensor([0, 3, 1, 1, 2])
+    discrete, expected = Categorical(logits), torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(discrete.log_prob(choice), expected.log_prob(choice))
+    torch.testing.assert_close(discrete.entropy(), expected.entropy())
+    assert torch.equal(discrete.mode(), logits.argmax(-1))
+    assert torch.equal(ours.mode(), mean)
+
+
+def test_draws_have_their_distributions_moments_and_repeat_with_the_generator():
+    mean, log_std = torch.tensor([[1.0, -2.0]]).expand(100_000, 2), torch.tensor([0.5, -1.0])
+    draws = Gaussian(mean, log_std).sample(torch.Generator().manual_seed(0))
+    again = Gaussian(mean, log_std).sample(torch.Generator().manual_seed(0))
+    assert torch.equal(draws, again)
+    torch.testing.assert_close(draws.mean(0), mean[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(draws.std(0), log_std.exp(), atol=0.02, rtol=0)
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(100_000, 3)
+    counts = Categorical(logits).sample(torch.Generator().manual_seed(0)).bincount() / 100_000
+    torch.testing.assert_close(counts, logits[0].softmax(-1), atol=0.01, rtol=0)

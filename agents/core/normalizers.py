@@ -1,0 +1,77 @@
+"""Running statistics that bring observations and rewards to a common size, saved with the networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of everything seen so far, merged batch by batch (Chan et al. 1979).
+
+    Buffers in float64, so that a million batches later a new one still counts.
+
+    Args:
+        shape: of one sample.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, batch: Tensor) -> None:
+        """Take in samples [B, *shape]."""
+        batch = batch.double()
+        size = batch.new_tensor(len(batch))
+        total = self.count + size
+        offset = batch.mean(0) - self.mean
+        squares = self.variance * self.count + batch.var(0, correction=0) * size
+        self.variance.copy_((squares + offset.square() * self.count * size / total) / total)
+        self.mean += offset * size / total
+        self.count.copy_(total)
+
+    def normalize(self, values: Tensor, limit: float = 10.0) -> Tensor:
+        """Return values [..., *shape] with mean 0 and spread 1, clipped to `limit` spreads, float32."""
+        scaled = (values.double() - self.mean) / (self.variance + 1e-8).sqrt()
+        return scaled.clamp(-limit, limit).float()
+
+
+class RewardScale(nn.Module):
+    """Divides rewards by the spread of the discounted return (Engstrom et al. 2020, arXiv:2005.12729, section 3).
+
+    The mean is left alone: shifting rewards would change which policy is best wherever episodes end.
+
+    Args:
+        num_envs: N.
+        discount: of the return whose spread counts.
+    """
+
+    running: Tensor
+
+    def __init__(self, num_envs: int, discount: float) -> None:
+        super().__init__()
+        self.discount = discount
+        self.moments = RunningMoments()
+        self.register_buffer("running", torch.zeros(num_envs, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, reward: Tensor, ended: Tensor) -> None:
+        """Take in a rollout's rewards [T, N] and which steps ended an episode, bool [T, N]."""
+        returns = []
+        for now, end in zip(reward.double(), ended, strict=True):
+            self.running.mul_(self.discount).add_(now)
+            returns.append(self.running.clone())
+            self.running.masked_fill_(end, 0.0)
+        self.moments.update(torch.cat(returns))
+
+    def scale(self, reward: Tensor, limit: float = 10.0) -> Tensor:
+        """Return rewards over the spread, clipped to `limit`, float32."""
+        spread = (self.moments.variance + 1e-8).sqrt()
+        return (reward.double() / spread).clamp(-limit, limit).float()

@@ -1,0 +1,1 @@
+"""On-policy agents: PPO and the surrogates that take the place of its clip."""

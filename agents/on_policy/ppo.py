@@ -1,0 +1,394 @@
+"""Proximal policy optimization from pixels, state or both (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
+
+The clip is one of several surrogates that keep a policy near the one that acted (`agents.core.policy_gradient`); A2C,
+REINFORCE, SPO, DPO's drift, ASPO and a KL penalty are this agent with another `surrogate`. Defaults are
+Stable-Baselines3's for continuous control from states.
+
+Differences from common implementations:
+- Time limits bootstrap from the episode's own last observation, terminations do not, and steps whose worker died are
+  left out.
+- Observations and rewards are normalized inside the agent, with statistics that change only after an update: what acts
+  and what learns see the same numbers, so the ratio is 1 at the first inner step.
+- The value loss is not clipped (Andrychowicz et al. 2021, https://arxiv.org/abs/2006.05990, section 3.7).
+- From pixels, actor and critic share an encoder (as in DrQ-v2's networks); `value_regularization` adds DrAC's term
+  on shifted pictures (Raileanu et al. 2021, https://arxiv.org/abs/2006.12862, eqs. 4-5, policy and value).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agents.core import policy_gradient
+from agents.core.advantages import generalized_advantage
+from agents.core.agent import Agent, Observation
+from agents.core.augmentations import random_shift
+from agents.core.distributions import Categorical, Gaussian
+from agents.core.encoders import EncoderName, PixelEncoder
+from agents.core.errors import UserError
+from agents.core.fields import Field, observation_boxes
+from agents.core.networks import Trunk
+from agents.core.normalizers import RewardScale, RunningMoments
+from agents.core.rollout import Experience
+
+Surrogate = Literal[
+    "ppo_clip", "dual_clip", "masked", "spo", "discovered_drift", "asymmetric_trust_region",
+    "kl_penalty", "reinforce",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimization; defaults from Stable-Baselines3 unless a field says otherwise."""
+
+    surrogate: Surrogate = "ppo_clip"
+    """What keeps the policy near the one that acted; see `agents.core.policy_gradient`."""
+    clip: float = 0.2
+    """Largest |ratio - 1| that surrogates with a trust region allow (PPO's paper, section 6.1)."""
+    kl_coefficient: float = 1.0
+    """Weight of `kl_penalty`'s penalty (PPO's paper, table 1: fixed 1)."""
+    rollout_length: int = 2048
+    """Steps of every environment between updates."""
+    minibatch_size: int = 64
+    """Steps per gradient step, about."""
+    epochs: int = 10
+    """Passes over a rollout."""
+    target_kl: float = math.inf
+    """Estimated KL(old || new), in nats, after which the remaining passes are left out."""
+    discount: float = 0.99
+    """Discount per agent step."""
+    gae_lambda: float = 0.95
+    """Lambda of the generalized advantage estimate."""
+    learning_rate: float = 3e-4
+    """Adam step size."""
+    value_coefficient: float = 0.5
+    """Weight of the value loss."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    max_gradient_norm: float = 0.5
+    """Gradients are scaled down to this norm."""
+    normalize_advantage: bool = True
+    """Bring every minibatch's advantages to mean 0 and spread 1."""
+    normalize_observation: bool = False
+    """Bring states to mean 0 and spread 1 (Stable-Baselines3's VecNormalize)."""
+    scale_reward: bool = False
+    """Divide rewards by the spread of the discounted return (Stable-Baselines3's VecNormalize)."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of actor and critic."""
+    initial_log_std: float = 0.0
+    """Log standard deviation of a continuous policy at the start."""
+    encoder: EncoderName = "drqv2"
+    """Convolutions over pixels; see `agents.core.encoders.ENCODERS`."""
+    feature_dim: int = 50
+    """Length of the projection behind the encoder (DrQ-v2)."""
+    value_regularization: float = 0.0
+    """Weight of DrAC's term: policy and value of a shifted picture like those of the picture (DrAC .1)."""
+    pad: int = 4
+    """Largest shift in pixels at 84 x 84, scaled with the picture, for that term (DrAC 12)."""
+
+    def __post_init__(self) -> None:
+        """Reject values that the agent cannot run with."""
+        for name in ("rollout_length", "minibatch_size", "epochs", "feature_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        for name in ("clip", "target_kl", "learning_rate", "max_gradient_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        for name in ("discount", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number in [0, 1]")
+        for name in (
+            "kl_coefficient", "value_coefficient", "entropy_coefficient", "value_regularization", "pad",
+        ):  # fmt: skip
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.surrogate not in SURROGATES:
+            raise UserError.unknown("surrogate", self.surrogate, SURROGATES)
+
+    def surrogate_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the surrogate with this config's settings."""
+        return SURROGATES[self.surrogate](self)
+
+
+SURROGATES: dict[str, Callable[[PPOConfig], Callable[[Tensor, Tensor], Tensor]]] = {
+    "ppo_clip": lambda config: partial(policy_gradient.ppo_clip, clip=config.clip),
+    "dual_clip": lambda config: partial(policy_gradient.dual_clip, clip=config.clip),
+    "masked": lambda config: partial(policy_gradient.masked, clip=config.clip),
+    "spo": lambda config: partial(policy_gradient.spo, clip=config.clip),
+    "discovered_drift": lambda _: policy_gradient.discovered_drift,
+    "asymmetric_trust_region": lambda config: partial(
+        policy_gradient.asymmetric_trust_region, clip=config.clip
+    ),
+    "kl_penalty": lambda config: partial(
+        policy_gradient.kl_penalty, coefficient=config.kl_coefficient
+    ),
+    "reinforce": lambda _: policy_gradient.reinforce,
+}
+"""From a config to `(log_ratio, advantage) -> loss per sample`, by the surrogate's name."""
+
+
+class ActorValue(nn.Module):
+    """Policy and value: behind a shared encoder and projection of pixels, apart from there on.
+
+    Args:
+        spaces: `pixels` uint8 [3*k, H, W] and / or `state` [D].
+        action_space: Box or Discrete.
+        config: the agent's.
+    """
+
+    def __init__(
+        self, spaces: dict[str, gym.spaces.Box], action_space: gym.Space, config: PPOConfig
+    ) -> None:
+        super().__init__()
+        self.encoder: PixelEncoder | None = None
+        self.moments: RunningMoments | None = None
+        if "pixels" in spaces:
+            channels, *size = spaces["pixels"].shape
+            self.encoder = PixelEncoder(channels, (size[0], size[1]), config.encoder)
+        states = spaces["state"].shape[0] if "state" in spaces else 0
+        if states and config.normalize_observation:
+            self.moments = RunningMoments((states,))
+        pixels = self.encoder.out_features if self.encoder else 0
+        self.trunk = Trunk(pixels, states, config.feature_dim)
+        is_discrete = isinstance(action_space, gym.spaces.Discrete)
+        parts = int(action_space.n) if is_discrete else math.prod(action_space.shape or ())  # type: ignore[attr-defined]
+        sizes = [self.trunk.out_features, *config.hidden]
+        # Gains as in Stable-Baselines3: a policy that begins near its middle tries everything.
+        self.actor = tanh_mlp([*sizes, parts], last_gain=0.01)
+        self.critic = tanh_mlp([*sizes, 1], last_gain=1.0)
+        self.log_std = None
+        if not is_discrete:
+            self.log_std = nn.Parameter(torch.full((parts,), config.initial_log_std))
+
+    def forward(self, observation: Observation) -> tuple[Gaussian | Categorical, Tensor]:
+        """Return the policy's distribution and the values [B]."""
+        parts = []
+        if self.encoder is not None:
+            parts.append(self.encoder(self.encoder.normalize(observation["pixels"])))
+        if "state" in observation:
+            state = observation["state"]
+            parts.append(self.moments.normalize(state) if self.moments else state)
+        features = self.trunk(torch.cat(parts, dim=1))
+        head, value = self.actor(features), self.critic(features)[:, 0]
+        policy = Categorical(head) if self.log_std is None else Gaussian(head, self.log_std)
+        return policy, value
+
+
+def tanh_mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
+    """Return linear layers with tanh between, orthogonal with gain sqrt 2, the last with its own."""
+    layers: list[nn.Module] = []
+    for place, (inside, outside) in enumerate(pairwise(sizes)):
+        is_last = place == len(sizes) - 2
+        layer = nn.Linear(inside, outside)
+        nn.init.orthogonal_(layer.weight, last_gain if is_last else math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+        layers += [layer] if is_last else [layer, nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+def value_loss(value: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of values [B] (PPO's paper, eq. 9)."""
+    return F.mse_loss(value, target)
+
+
+def regularization_loss(
+    policy: Gaussian | Categorical, value: Tensor, seen: Gaussian | Categorical, seen_value: Tensor
+) -> Tensor:
+    """Return DrAC's term: an augmented picture's policy and value should be those of the picture.
+
+    Args:
+        policy: of the picture as it is; it gets no gradient.
+        value: [B], likewise.
+        seen: the policy of the augmented picture.
+        seen_value: [B], its value.
+    """
+    if isinstance(policy, Categorical) and isinstance(seen, Categorical):
+        target = policy.logits.detach().log_softmax(-1)
+        divergence = (target.exp() * (target - seen.logits.log_softmax(-1))).sum(-1)
+    else:
+        assert isinstance(policy, Gaussian)
+        assert isinstance(seen, Gaussian)
+        # Both have one spread, so that their KL is the distance of the means in its units.
+        difference = (seen.mean - policy.mean.detach()) * torch.exp(-seen.log_std.detach())
+        divergence = 0.5 * difference.square().sum(-1)
+    return divergence.mean() + F.mse_loss(seen_value, value.detach())
+
+
+class PPO(Agent):
+    """The agent; see the module's docstring.
+
+    Args:
+        observation_space: uint8 pixels (3*k, H, W), a float vector, or a Dict of both.
+        action_space: Box or Discrete.
+        config: settings.
+        num_envs: environments that act side by side; rewards are scaled by each one's return.
+        device: where networks live.
+        seed: of weights, exploration and minibatches.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        config: PPOConfig,
+        *,
+        num_envs: int = 1,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete):
+            raise UserError(f"PPO acts in Box and Discrete spaces, not in {action_space}")
+        self.config, self.device = config, torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.order = np.random.default_rng(seed)
+        self.shape = action_space.shape or ()
+        spaces = observation_boxes(observation_space)
+        self.pad = 0
+        if "pixels" in spaces and config.pad:
+            self.pad = max(1, round(config.pad * spaces["pixels"].shape[-1] / 84))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
+            self.network = ActorValue(spaces, action_space, config)
+        self.network.to(self.device)
+        self.rewards = RewardScale(num_envs, config.discount).to(self.device)
+        self.surrogate = config.surrogate_loss()
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=config.learning_rate, eps=1e-5
+        )
+        self.extras = {"log_prob": Field(), "value": Field()}
+
+    @torch.no_grad()
+    def act(
+        self, observation: Observation, state: Any = None, *, explore: bool
+    ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
+        """See `Agent.act`; continuous actions may leave [-1, 1], where environments clip them."""
+        policy, value = self.network(observation)
+        action = policy.sample(self.generator) if explore else policy.mode()
+        extras = {"log_prob": policy.log_prob(action), "value": value}
+        return (
+            action.unflatten(-1, self.shape).cpu().numpy() if self.shape else action.cpu().numpy(),
+            None,
+            extras,
+        )
+
+    def update(self, batch: Experience) -> dict[str, Tensor]:  # type: ignore[override]
+        """Learn from a rollout: several passes of minibatches, then the statistics."""
+        config, experience = self.config, batch
+        value, old_log_prob = experience.extras["value"], experience.extras["log_prob"]
+        reward = self.rewards.scale(experience.reward) if config.scale_reward else experience.reward
+        advantage = generalized_advantage(
+            reward,
+            value,
+            experience.next_values(value, self._values),
+            experience.terminated,
+            experience.truncated,
+            discount=config.discount,
+            gae_lambda=config.gae_lambda,
+        )
+        target = advantage + value
+        flat = {
+            "action": experience.action.flatten(0, 1),
+            "log_prob": old_log_prob.flatten(),
+            "advantage": advantage.flatten(),
+            "target": target.flatten(),
+        }
+        metrics: list[dict[str, Tensor]] = []
+        for index in self._minibatches(experience, metrics):
+            place = index.to(self.device)
+            metrics.append(
+                self._step(
+                    experience.observation(index), {name: v[place] for name, v in flat.items()}
+                )
+            )
+        self._take_in(experience)
+        names = metrics[0].keys()
+        kept = experience.kept
+        unexplained = (target - value)[kept].var() / target[kept].var().clamp(min=1e-12)
+        return {name: torch.stack([m[name] for m in metrics]).mean() for name in names} | {
+            "ratio/first_deviation": metrics[0]["ratio/largest_deviation"],
+            "value/explained_variance": 1 - unexplained,
+            "value/target": target[kept].mean(),
+        }
+
+    def _minibatches(
+        self, experience: Experience, metrics: list[dict[str, Tensor]]
+    ) -> Iterator[Tensor]:
+        """Yield every pass's minibatches, until the policy is too far from the one that acted."""
+        limit = self.config.target_kl
+        for _ in range(self.config.epochs):
+            begun = len(metrics)
+            yield from experience.minibatches(self.config.minibatch_size, self.order)
+            if math.isfinite(limit):  # one synchronization a pass, and only where it was asked for
+                kl = torch.stack([m["ratio/kl"] for m in metrics[begun:]]).mean()
+                if kl > limit:
+                    return
+
+    def _step(self, observation: Observation, sample: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take one gradient step on a minibatch."""
+        config = self.config
+        policy, value = self.network(observation)
+        action = sample["action"].flatten(1) if self.shape else sample["action"]
+        log_ratio = policy.log_prob(action) - sample["log_prob"]
+        advantage = sample["advantage"]
+        if config.normalize_advantage and len(advantage) > 1:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        policy_loss = self.surrogate(log_ratio, advantage).mean()
+        critic_loss = value_loss(value, sample["target"])
+        entropy = policy.entropy().mean()
+        loss = policy_loss + config.value_coefficient * critic_loss
+        loss = loss - config.entropy_coefficient * entropy
+        if config.value_regularization and self.pad:
+            shifted = random_shift(observation["pixels"], self.generator, self.pad)
+            again = self.network({**observation, "pixels": shifted})
+            loss = loss + config.value_regularization * regularization_loss(policy, value, *again)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.max_gradient_norm)
+        self.optimizer.step()
+        return {
+            "loss/policy": policy_loss.detach(),
+            "loss/value": critic_loss.detach(),
+            "policy/entropy": entropy.detach(),
+            "gradient_norm/policy": norm.detach(),
+            **policy_gradient.ratio_metrics(log_ratio, clip=config.clip),
+        }
+
+    @torch.no_grad()
+    def _values(self, observation: Observation) -> Tensor:
+        return self.network(observation)[1]
+
+    def _take_in(self, experience: Experience) -> None:
+        """Update the statistics by which the next rollout is normalized."""
+        if self.config.scale_reward:
+            self.rewards.update(
+                experience.reward, experience.terminated | experience.truncated | ~experience.kept
+            )
+        if self.network.moments is not None:
+            index = experience.kept.flatten().nonzero()[:, 0].cpu()
+            self.network.moments.update(experience.observation(index)["state"])
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the modules to save, statistics among them."""
+        return {"network": self.network, "rewards": self.rewards}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizer to save."""
+        return {"network": self.optimizer}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return the generator that orders minibatches."""
+        return {"order": self.order.bit_generator.state}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the generator that orders minibatches."""
+        self.order.bit_generator.state = state["order"]

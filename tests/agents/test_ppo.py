@@ -1,0 +1,199 @@
+"""PPO's update against its formulas, and its state against itself."""
+
+import copy
+import dataclasses
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from agents.core.advantages import generalized_advantage
+from agents.core.agent import as_observation
+from agents.core.distributions import Categorical, Gaussian
+from agents.core.errors import UserError
+from agents.core.rollout import Rollout
+from agents.on_policy.ppo import PPO, SURROGATES, PPOConfig, regularization_loss
+
+ENVS, STEPS = 3, 16
+PIXELS = gym.spaces.Box(0, 255, (6, 24, 24), np.uint8)
+STATE = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+BOTH = gym.spaces.Dict({"pixels": PIXELS, "state": STATE})
+CONTINUOUS, DISCRETE = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Discrete(3)
+CHUNK = gym.spaces.Box(-1, 1, (4, 2), np.float32)
+TINY = PPOConfig(
+    rollout_length=STEPS, minibatch_size=12, epochs=2, hidden=(16,), feature_dim=8, encoder="small",
+    normalize_observation=True, scale_reward=True, value_regularization=0.1,
+)  # fmt: skip
+
+
+def draw(space, rng):
+    if isinstance(space, gym.spaces.Dict):
+        return {name: draw(part, rng) for name, part in space.spaces.items()}
+    if space.dtype == np.uint8:
+        frame = rng.integers(0, 256, (ENVS, 3, *space.shape[1:]), np.uint8)
+        return np.concatenate([frame, frame], axis=1)
+    return (rng.normal(size=(ENVS, *space.shape)) * 5 + 3).astype(np.float32)
+
+
+def collect(agent, space, action_space, seed=0):
+    """Let an agent act in noise whose episodes last one step, and return its rollout."""
+    rng = np.random.default_rng(seed)
+    rollout = Rollout(
+        space, action_space, length=agent.config.rollout_length, num_envs=ENVS, frame_stack=2,
+        extras=agent.extras, log=lambda _: None,
+    )  # fmt: skip
+    seen = draw(space, rng)
+    rollout.start(seen)
+    while not rollout.is_full:
+        action, _, extras = agent.act(as_observation(seen, agent.device), explore=True)
+        reward = rng.normal(size=ENVS)
+        terminated = rng.random(ENVS) < 0.5
+        final, seen = draw(space, rng), draw(space, rng)
+        if isinstance(final, dict):
+            final = {
+                k: np.concatenate([p[:, 3:], p[:, :3]], 1) if p.ndim == 4 else p
+                for k, p in final.items()
+            }
+        rollout.add(action, reward, terminated, ~terminated, seen, final, extras=extras)
+    return rollout
+
+
+@pytest.mark.parametrize("space", [PIXELS, STATE, BOTH])
+@pytest.mark.parametrize("action_space", [CONTINUOUS, DISCRETE, CHUNK])
+@pytest.mark.parametrize("surrogate", ["ppo_clip", "spo"])
+def test_the_ratio_is_one_at_the_first_inner_step(space, action_space, surrogate):
+    """In the second rollout too, when statistics have changed what is seen and paid."""
+    config = dataclasses.replace(TINY, surrogate=surrogate)
+    agent = PPO(space, action_space, config, num_envs=ENVS)
+    for seed in range(2):
+        metrics = agent.update(collect(agent, space, action_space, seed).experience())
+        assert metrics["ratio/first_deviation"] < 1e-5
+        assert metrics["ratio/largest_deviation"] > 1e-4
+        assert all(value.isfinite() and value.ndim == 0 for value in metrics.values())
+
+
+def test_one_step_is_the_gradient_of_the_written_loss():
+    config = PPOConfig(
+        rollout_length=STEPS, minibatch_size=ENVS * STEPS, epochs=1, hidden=(8,), entropy_coefficient=0.01,
+        max_gradient_norm=1e9, discount=0.9, gae_lambda=0.8,
+    )  # fmt: skip
+    agent = PPO(STATE, CONTINUOUS, config, num_envs=ENVS)
+    experience = collect(agent, STATE, CONTINUOUS).experience()
+    network = copy.deepcopy(agent.network)
+    everything = torch.arange(ENVS * STEPS)
+    with torch.no_grad():
+        following = network(experience.next_observation(everything))[1].reshape(STEPS, ENVS)
+    value = experience.extras["value"]
+    advantage = generalized_advantage(
+        experience.reward, value, following, experience.terminated, experience.truncated,
+        discount=0.9, gae_lambda=0.8,
+    ).flatten()  # fmt: skip
+    scaled = (advantage - advantage.mean()) / advantage.std()
+    policy, now = network(experience.observation(everything))
+    log_prob = policy.log_prob(experience.action.flatten(0, 1))
+    ratio = (log_prob - experience.extras["log_prob"].flatten()).exp()
+    surrogate = torch.min(ratio * scaled, ratio.clamp(0.8, 1.2) * scaled).mean()
+    error = (now - (advantage + value.flatten())).square().mean()
+    loss = -surrogate + 0.5 * error - 0.01 * policy.entropy().mean()
+    expected = torch.autograd.grad(loss, list(network.parameters()))
+    agent.update(experience)
+    for parameter, gradient in zip(agent.network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_scaled_down_to_the_largest_norm():
+    agent = PPO(STATE, CONTINUOUS, dataclasses.replace(TINY, max_gradient_norm=0.01), num_envs=ENVS)
+    agent.update(collect(agent, STATE, CONTINUOUS).experience())
+    squares = sum(p.grad.square().sum() for p in agent.network.parameters())
+    assert squares.sqrt().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_passes_stop_when_the_policy_is_too_far():
+    counts = {}
+    for limit in (math.inf, 1e-9):
+        agent = PPO(
+            STATE, CONTINUOUS, dataclasses.replace(TINY, target_kl=limit, epochs=6), num_envs=ENVS
+        )
+        steps = []
+        real = agent.optimizer.step
+        agent.optimizer.step = lambda real=real, steps=steps: (steps.append(1), real())
+        agent.update(collect(agent, STATE, CONTINUOUS).experience())
+        counts[limit] = len(steps)
+    assert counts == {math.inf: 24, 1e-9: 4}
+
+
+@pytest.mark.parametrize("space", [BOTH, STATE])
+def test_a_restored_agent_goes_on_bit_for_bit(space):
+    first = PPO(space, CONTINUOUS, TINY, num_envs=ENVS, seed=3)
+    first.update(collect(first, space, CONTINUOUS, 0).experience())
+    second = PPO(space, CONTINUOUS, TINY, num_envs=ENVS, seed=4)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for agent in (first, second):
+        agent.update(collect(agent, space, CONTINUOUS, 1).experience())
+    ours, theirs = (agent.networks() for agent in (first, second))
+    for name, module in ours.items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, theirs[name].state_dict()[key]), f"{name}.{key}"
+
+
+def test_the_greedy_action_is_the_mode_and_draws_differ():
+    agent = PPO(STATE, DISCRETE, TINY)
+    seen = {"state": torch.randn(50, 4)}
+    greedy = agent.act(seen, explore=False)[0]
+    assert greedy.dtype == np.int64
+    assert (greedy == agent.act(seen, explore=False)[0]).all()
+    assert (greedy != agent.act(seen, explore=True)[0]).any()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+def test_dracs_term_is_the_divergence_and_stops_at_the_picture_as_it_is(kind):
+    torch.manual_seed(0)
+    clean, shifted = (torch.randn(6, 3, requires_grad=True) for _ in range(2))
+    value, seen_value = torch.randn(6, requires_grad=True), torch.randn(6)
+    if kind == "gaussian":
+        log_std = torch.tensor([0.1, -0.5, 0.7])
+        policies = Gaussian(clean, log_std), Gaussian(shifted, log_std)
+        reference = [torch.distributions.Normal(p.mean, log_std.exp()) for p in policies]
+        divergence = torch.distributions.kl_divergence(*reference).sum(-1)
+    else:
+        policies = Categorical(clean), Categorical(shifted)
+        reference = [torch.distributions.Categorical(logits=p.logits) for p in policies]
+        divergence = torch.distributions.kl_divergence(*reference)
+    loss = regularization_loss(policies[0], value, policies[1], seen_value)
+    expected = divergence.mean() + (value - seen_value).square().mean()
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, [clean, value, shifted], allow_unused=True)
+    assert gradients[0] is None
+    assert gradients[1] is None
+    assert gradients[2].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("clip", 0.0),
+        ("discount", 1.5),
+        ("entropy_coefficient", -1.0),
+        ("surrogate", "pop_clip"),
+    ],
+)
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(UserError, match=field) as refused:
+        dataclasses.replace(TINY, **{field: value})
+    assert "\n" not in str(refused.value)
+
+
+def test_spaces_that_fit_no_head_are_refused():
+    with pytest.raises(UserError, match="Box and Discrete"):
+        PPO(STATE, gym.spaces.MultiBinary(3), TINY)
+
+
+def test_every_surrogate_can_be_named():
+    import typing
+
+    from agents.on_policy.ppo import Surrogate
+
+    assert set(typing.get_args(Surrogate)) == set(SURROGATES)

@@ -1,0 +1,87 @@
+"""Train an on-policy agent on a small task in seconds, whole or broken on purpose, and score it."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+import envs
+from agents.core.agent import as_observation
+from agents.core.rollout import Rollout
+from agents.on_policy.ppo import PPO, PPOConfig
+
+CPU = torch.device("cpu")
+SMALL = PPOConfig(
+    rollout_length=64, minibatch_size=64, epochs=6, learning_rate=1e-3, discount=0.9, encoder="small",
+    feature_dim=32, initial_log_std=-0.5, max_gradient_norm=0.5,
+)  # fmt: skip
+
+
+def train(
+    task, *, steps, seed=0, num_envs=8, observation="state", shuffle_rewards=False, size=24,
+    limits_are_ends=False, episode_length=None, **changes,
+):  # fmt: skip
+    """Train PPO for `steps` steps of all environments together; returns agent and metrics of each update.
+
+    Args:
+        task: an id.
+        steps: in all.
+        seed: of everything.
+        num_envs: environments.
+        observation: pixels or state.
+        shuffle_rewards: learn from rewards of other moments.
+        size: of the pictures.
+        episode_length: steps until a time limit; None is the task's own.
+        limits_are_ends: take time limits for terminations, as many implementations do.
+        **changes: fields of the config.
+    """
+    config = dataclasses.replace(SMALL, **changes)
+    vector = envs.make_vec(
+        task, num_envs, size=size, seed=seed, observation=observation, episode_length=episode_length
+    )
+    spaces = vector.single_observation_space, vector.single_action_space
+    agent = PPO(*spaces, config, num_envs=num_envs, seed=seed)
+    rollout = Rollout(
+        *spaces,
+        length=config.rollout_length,
+        num_envs=num_envs,
+        extras=agent.extras,
+        log=lambda _: None,
+    )
+    random = np.random.default_rng(seed)
+    seen, _ = vector.reset(seed=seed)
+    rollout.start(seen)
+    past = [0.0]
+    metrics = []
+    for _ in range(steps // num_envs):
+        action, _, extras = agent.act(as_observation(seen, CPU), explore=True)
+        space = vector.action_space
+        done = np.clip(action, space.low, space.high) if hasattr(space, "low") else action
+        seen, reward, terminated, truncated, info = vector.step(done)
+        past += reward.tolist()
+        if shuffle_rewards:
+            reward = np.array([past[random.integers(len(past))] for _ in reward])
+        if limits_are_ends:
+            terminated, truncated = terminated | truncated, np.zeros_like(truncated)
+        rollout.add(
+            action, reward, terminated, truncated, seen, info.get("final_obs"), extras=extras
+        )
+        if rollout.is_full:
+            metrics.append({k: v.item() for k, v in agent.update(rollout.experience()).items()})
+            rollout.clear()
+    vector.close()
+    return agent, metrics
+
+
+def score(agent, task, *, observation="state", episodes=30, size=24, seed=1234):
+    """Return the mean greedy return of episodes from fixed states."""
+    vector = envs.make_vec(task, episodes, size=size, observation=observation)
+    seen, _ = vector.reset(seed=seed)
+    total, running = np.zeros(episodes), np.ones(episodes, bool)
+    while running.any():
+        action = agent.act(as_observation(seen, CPU), explore=False)[0]
+        seen, reward, terminated, truncated, _ = vector.step(action)
+        total += reward * running
+        running &= ~(terminated | truncated)
+    vector.close()
+    return float(total.mean())
