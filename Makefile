@@ -1,11 +1,20 @@
 # Everything runs in .venv; `make demo` and `make test` set it up on a fresh machine.
-# TORCH_INDEX: where to take torch from, such as https://download.pytorch.org/whl/cpu.
+# TORCH_INDEX: where to take torch from, such as https://download.pytorch.org/whl/cpu (its +cpu outranks PyPI's build;
+# PyPI stays beside it, since that index need not hold the pinned versions of torch's own dependencies).
+# EXTRAS: what is installed beside what the commands need: dev (tests and linters), or nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS := dev
 STAMP := $(VENV)/.sightline-installed
+TORCH := $(VENV)/.torch-installed
 
-.PHONY: help setup gl demo test test-all lint format speed clean
+# Debian's packages: Mesa's software GL; and all that a bare system lacks.
+GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri libosmesa6
+PACKAGES := python3 python3-venv $(GL_PACKAGES)
+APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
+
+.PHONY: help setup torch gl packages demo test test-all lint format speed clean
 
 help:
 	@echo "make demo      train SGQN on cartpole-swingup from pixels, evaluate under distractions, write the report"
@@ -14,22 +23,32 @@ help:
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make speed     benchmark tables of every hot path"
 	@echo "make setup     only install: virtual environment, pinned packages, GL check"
+	@echo "make packages  as root on a bare Debian: what the others need of the system"
 
 setup: $(STAMP) gl
 
-$(STAMP): pyproject.toml constraints.txt
+torch: $(TORCH)
+
+$(TORCH): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sightline needs Python 3.11 or newer; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@touch $@
+
+$(STAMP): pyproject.toml constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+packages:
+	apt-get update -qq
+	$(APT_INSTALL) $(PACKAGES)
 
 # A headless GL backend: EGL, else OSMesa; where neither is there, install Mesa's, or say what to install.
 gl: $(STAMP)
 	@$(BIN)/python -W ignore -m envs.rendering || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "installing Mesa's software GL"; \
-	    apt-get update -qq && apt-get install -y -qq --no-install-recommends libegl1 libgl1 libgl1-mesa-dri libosmesa6; \
+	    apt-get update -qq && $(APT_INSTALL) $(GL_PACKAGES); \
 	  fi; \
 	  $(BIN)/python -W ignore -m envs.rendering; }
 
