@@ -11,7 +11,7 @@ tables for a paper (report.md, tables.tex).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from experiments.report_aggregates import Aggregates, aggregate
 from experiments.report_blocks import Table, slug
 from experiments.report_html import render_html
 from experiments.report_page import Contents, blocks, title_of
+from experiments.report_published import Comparison, compare
 from experiments.report_runs import find_runs, read_run
 from experiments.report_scores import Summary, summarize
 from experiments.report_text import render_latex, render_markdown
@@ -67,10 +68,11 @@ def build_report(
         raise UserError(f"'{out}' exists and is not empty; add --overwrite or give another --out")
     summary = summarize([read_run(path) for path in find_runs(runs)])
     aggregates = aggregate(summary)
-    figures = _figures(summary, aggregates, STATISTICS[statistic])
+    comparisons = {env_id: compare(summary, env_id) for env_id in summary.env_ids}
+    figures = _figures(summary, aggregates, comparisons, STATISTICS[statistic])
     tables = _tables(summary, aggregates, STATISTICS[statistic])
     names = (*figures, *tables, "report.md", "tables.tex")
-    found = blocks(Contents(summary, aggregates, figures.keys(), names, statistic))
+    found = blocks(Contents(summary, aggregates, comparisons, figures.keys(), names, statistic))
     title = title_of(summary)
     files = {
         **figures,
@@ -90,15 +92,18 @@ def build_report(
 
 
 def _figures(
-    summary: Summary, aggregates: Aggregates | None, statistic: Statistic
+    summary: Summary,
+    aggregates: Aggregates | None,
+    comparisons: Mapping[str, Sequence[Comparison]],
+    statistic: Statistic,
 ) -> dict[str, bytes]:
     """Return PNG bytes by file name; what there is no data for is absent."""
     found: dict[str, bytes | None] = {}
     for env_id in summary.env_ids:
         drawn = (
-            report_plots.learning_curves(summary, env_id, statistic),
+            report_plots.learning_curves(summary, env_id, statistic, comparisons[env_id]),
             report_plots.efficiency(summary, env_id, statistic),
-            report_plots.generalization(summary, env_id),
+            report_plots.generalization(summary, env_id, comparisons[env_id]),
             report_plots.diagnostics(summary, env_id),
         )
         found |= {

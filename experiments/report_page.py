@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from experiments.report_blocks import (
     count,
     slug,
 )
+from experiments.report_published import Comparison, published_tables
 from experiments.report_runs import Run
 from experiments.report_scores import Summary, efficiency_tag
 from experiments.report_settings import cautions
@@ -56,6 +57,8 @@ class Contents:
 
     summary: Summary
     aggregates: Aggregates | None
+    comparisons: Mapping[str, Sequence[Comparison]]
+    """Published numbers by task."""
     figures: Collection[str]
     """Files that were drawn; a figure that could not be drawn is absent."""
     files: tuple[str, ...]
@@ -172,7 +175,8 @@ def _task(contents: Contents, env_id: str) -> Iterable[Block]:
         f"curves_{name}.png",
         f"Learning curves on {env_id}",
         f"Line: {contents.statistic} over seeds; band: its 95 % bootstrap interval; n: seeds. "
-        "Seeds that logged at different steps are averaged in sixtieths of the run.",
+        "Seeds that logged at different steps are averaged in sixtieths of the run. Open markers: "
+        "published end points of the same protocol and rendering; their bars are standard deviations.",
         "No returns were logged, so there are no learning curves.",
     )
     tag = efficiency_tag(run for group in summary.of(env_id) for run in group.runs)
@@ -193,9 +197,11 @@ def _task(contents: Contents, env_id: str) -> Iterable[Block]:
         f"generalization_{name}.png",
         f"Return under each distraction on {env_id}",
         "Mean return with its 95 % interval over n seeds (n = 1: over its episodes); grey: the "
-        "random policy.",
+        "random policy. Open markers: published, same protocol, rendering and budget; their bars are "
+        "standard deviations.",
         "No run was evaluated.",
     )
+    yield from published_tables(summary, env_id, contents.comparisons[env_id])
     yield Heading("Where the agent looks", 3)
     looks = looks_table(summary, env_id)
     if looks:

@@ -7,7 +7,7 @@ that neighbors differ in lightness too.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.typing import LineStyleType
 
+from experiments.report_published import Comparison, beside
 from experiments.report_runs import AXES, Axis, Run
 from experiments.report_scores import (
     Curve,
@@ -68,8 +69,16 @@ STYLE: Any = {
 }
 
 
-def learning_curves(summary: Summary, env_id: str, statistic: Statistic) -> bytes | None:
-    """Draw returns in training and in evaluation over agent steps, with 95 % bands over seeds."""
+def learning_curves(
+    summary: Summary,
+    env_id: str,
+    statistic: Statistic,
+    published: Sequence[Comparison] = (),
+) -> bytes | None:
+    """Draw returns in training and in evaluation over agent steps, with 95 % bands over seeds.
+
+    Published end points of the same protocol stand at their own agent steps.
+    """
     runs = [run for group in summary.of(env_id) for run in group.runs]
     panels = return_tags(runs)
 
@@ -82,6 +91,9 @@ def learning_curves(summary: Summary, env_id: str, statistic: Statistic) -> byte
             line = curve(group.runs, tag, statistic)
             if line is not None:
                 _band(axes, _label(group, line.seeds), style(summary, group.agent), line)
+            name = tag.split("/")[1] if tag.startswith("eval/") else ""
+            for found in beside(published, group, name):
+                _published(axes, found.row.agent_steps, found, style(summary, group.agent))
 
     return _grid(list(panels), _step_label(runs), draw)
 
@@ -126,8 +138,13 @@ def diagnostics(summary: Summary, env_id: str) -> bytes | None:
     return _grid(panels, _step_label(runs), draw, columns=3)
 
 
-def generalization(summary: Summary, env_id: str) -> bytes | None:
-    """Draw the mean return under every distraction with its interval."""
+def generalization(
+    summary: Summary, env_id: str, published: Sequence[Comparison] = ()
+) -> bytes | None:
+    """Draw the mean return under every distraction with its interval.
+
+    Published numbers stand beside only where `Comparison.comparable` says so.
+    """
     names = summary.distractions(env_id)
     groups = [group for group in summary.of(env_id) if group.scores]
     if not names:
@@ -158,6 +175,11 @@ def generalization(summary: Summary, env_id: str) -> bytes | None:
                 elinewidth=1.4,
                 label=_label(group, max(score.runs for score in scores)),
             )
+            for place in places:
+                for found in beside(published, group, names[place]):
+                    if found.comparable:
+                        look = style(summary, group.agent)
+                        _published(axes, place + shift + 0.05, found, look)
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(axis="x", visible=False)
@@ -188,6 +210,23 @@ def _band(axes: Axes, label: str, look: Style, line: Curve) -> None:
             axes.plot(line.spent, limit, color=color, lw=0.5, alpha=0.6)
 
 
+def _published(axes: Axes, place: float, found: Comparison, look: Style) -> None:
+    """Draw a published number as an open marker in its agent's color."""
+    color, _, marker = look
+    axes.errorbar(
+        place,
+        found.row.mean,
+        yerr=found.row.std,
+        fmt=marker,
+        color=color,
+        markerfacecolor="white",
+        markersize=7,
+        capsize=5,
+        elinewidth=0.8,
+        label=f"{found.row.agent}, published",
+    )
+
+
 def _grid(
     tags: list[str], label: str, draw: Callable[[Axes, str], None], columns: int = 2
 ) -> bytes | None:
@@ -201,7 +240,8 @@ def _grid(
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, tag in zip(panels, tags, strict=False):
             draw(axes, tag)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if tag != "wall_minutes":  # 20m would read as minutes, and is 0.02
+                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_major_locator(MaxNLocator(10 // columns))
             axes.set_xlim(left=0)
         for axes in panels[len(tags) :]:

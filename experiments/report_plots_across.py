@@ -17,23 +17,21 @@ from experiments.report_plots import STYLE, legend, png, style
 from experiments.report_scores import Summary
 from experiments.statistics import Interval
 
-COLUMNS = 3
-
 
 def aggregates(summary: Summary, found: Aggregates) -> bytes:
     """Draw IQM, optimality gap and mean of every agent under every distraction."""
     panels = (
-        ("interquartile mean", "iqm"),
-        ("optimality gap (lower is better)", "optimality_gap"),
-        ("mean", "mean"),
+        ("interquartile mean", "normalized score", "iqm"),
+        ("optimality gap", "score missing to 1 (lower is better)", "optimality_gap"),
+        ("mean", "normalized score", "mean"),
     )
     height = 1.2 + 0.24 * len(found.distractions) * max(2, len(found.agents))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.0, height), layout="constrained")
         axes_row = figure.subplots(1, len(panels), sharey=True)
-        for axes, (title, field) in zip(axes_row, panels, strict=True):
+        for axes, (title, label, field) in zip(axes_row, panels, strict=True):
             axes.set_title(title)
-            axes.set_xlabel("normalized score")
+            axes.set_xlabel(label)
             axes.grid(axis="y", visible=False)
             for index, agent in enumerate(found.agents):
                 _dots(axes, summary, found, agent, index, field)
@@ -72,11 +70,11 @@ def _dots(
 
 def profiles(summary: Summary, found: Aggregates) -> bytes:
     """Draw the share of runs above each normalized score, a panel per distraction."""
-    columns = min(COLUMNS, len(found.distractions))
+    columns = min(2 if len(found.distractions) == 4 else 3, len(found.distractions))
     rows = -(-len(found.distractions) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 0.8 + 2.3 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes, name in zip(panels, found.distractions, strict=False):
             axes.set_title(name)
             for agent in found.agents:
