@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,95 +16,14 @@ from agents.core.errors import UserError
 from experiments.report import build_report, main
 from experiments.report_runs import read_run
 from experiments.report_scores import align, summarize
-
-MakeRun = Callable[..., Path]
-ENV = "dmc/cartpole-swingup"
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> MakeRun:
-    """Return a function that writes one run folder as training and evaluation write it."""
-
-    def make(
-        agent: str = "sgqn",
-        seed: int = 1,
-        *,
-        clean: list[float] | None = None,
-        hard: list[float] | None = None,
-        metrics: bool = True,
-        **env: object,
-    ) -> Path:
-        run = tmp_path / "runs" / f"{agent}-{seed}"
-        run.mkdir(parents=True)
-        config = {
-            "schema": 1,
-            "agent": agent,
-            "env": {"id": ENV, "size": 48, "action_repeat": 8, "quality": "fast", "seed": 70 + seed}
-            | env,
-            "train": {"steps": 2000, "num_envs": 1, "seed": seed},
-            "configs": {"SACConfig": {"batch_size": 128}},
-        }
-        (run / "config.json").write_text(json.dumps(config))
-        (run / "command.txt").write_text(f"python -m experiments.train --agent {agent}\n")
-        system = {"commit": "c0ffee1", "hardware": "two cores", "gl_renderer": "llvmpipe"}
-        (run / "system.json").write_text(json.dumps({**system, "versions": {"numpy": "2.4"}}))
-        if metrics:
-            write_metrics(run, [(s, seed * s / 100) for s in range(100, 2001, 100)])
-        if clean is not None:
-            results = {"clean": {"returns": clean, "success": None, "lengths": [125] * len(clean)}}
-            if hard is not None:
-                results["video_hard"] = {**results["clean"], "returns": hard}
-            write_evaluation(run, "20260101-000000", results)
-        return run
-
-    return make
-
-
-def write_metrics(
-    run: Path, points: list[tuple[int, float]], tag: str = "train/episode_return"
-) -> None:
-    lines = ["agent_steps,env_frames,gradient_updates,wall_seconds,tag,value"]
-    lines += [f"{step},{8 * step},{step // 2},{step / 10},{tag},{value}" for step, value in points]
-    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
-
-
-def write_evaluation(run: Path, stamp: str, results: dict, **changed: object) -> None:
-    folder = run / "evaluations" / stamp
-    folder.mkdir(parents=True)
-    content = {
-        "agent_steps": 2000,
-        "env_frames": 16000,
-        "gradient_updates": 1000,
-        "seed": 7,
-        "checkpoint": "step-000002000",
-        "split": "test",
-        "results": results,
-        "random_policy": {"returns": [18.0, 20.0, 22.0, 24.0]},
-        **changed,
-    }
-    folder.with_suffix(".json").write_text(json.dumps(content))
-    Image.new("RGB", (8, 8), (200, 30, 30)).save(folder / "clean_saliency.png")
-    (folder / "clean.mp4").write_bytes(b"a short film")
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def text_of(page: Path) -> str:
-    """Return what a reader sees, without tags and embedded data."""
-    content = re.sub(r"<style>.*?</style>", "", page.read_text(), flags=re.S)
-    return " ".join(re.sub(r"<[^>]+>", " ", content).split())
-
-
-@pytest.fixture
-def two_agents(make_run: MakeRun, tmp_path: Path) -> Path:
-    """Return a folder of 2 agents x 3 seeds: sgqn learned, sac stayed at random's level."""
-    for seed, clean, hard in ((1, 800, 600), (2, 900, 630), (3, 850, 300)):
-        make_run("sgqn", seed, clean=[clean - 10.0, clean + 10.0], hard=[hard - 50.0, hard + 50.0])
-        make_run("sac", seed, clean=[20.0, 21.0 + seed], hard=[20.0, 20.0])
-    return tmp_path / "runs"
+from tests.experiments.run_folders import (
+    ENV,
+    MakeRun,
+    table,
+    text_of,
+    write_evaluation,
+    write_metrics,
+)
 
 
 def test_tables_hold_the_numbers_computed_by_hand(two_agents: Path, tmp_path: Path) -> None:
@@ -166,6 +83,7 @@ def test_curves_csv_is_the_mean_over_seeds_with_its_interval(
         assert float(row["high_95"]) == pytest.approx(3 * step / 100)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_page_is_one_well_formed_file_that_loads_nothing(two_agents: Path, tmp_path: Path) -> None:
     page = build_report([two_agents], tmp_path / "out")
     content = page.read_text()
@@ -196,6 +114,7 @@ def test_page_is_one_well_formed_file_that_loads_nothing(two_agents: Path, tmp_p
     assert balance.open == []
 
 
+@pytest.mark.usefixtures("drawn")
 def test_same_runs_give_the_same_bytes(two_agents: Path, tmp_path: Path) -> None:
     first = build_report([two_agents], tmp_path / "a").parent
     second = build_report([two_agents], tmp_path / "b").parent

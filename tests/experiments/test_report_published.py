@@ -1,0 +1,188 @@
+"""Published numbers are shown with their source, beside ours only where they are comparable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents.core.errors import UserError
+from envs import PROTOCOLS, get_spec
+from experiments import report
+from experiments.report import build_report
+from experiments.report_published import (
+    Published,
+    beside,
+    compare,
+    published_tables,
+    read_published,
+)
+from experiments.report_runs import read_run
+from experiments.report_scores import Summary, summarize
+from tests.experiments.run_folders import MakeRun, text_of, write_evaluation
+
+WALKER = "dmc/walker-walk"
+REFERENCE = {
+    "id": WALKER,
+    "size": 84,
+    "action_repeat": 4,
+    "quality": "reference",
+    "protocol": "dmc-gb",
+}
+
+
+def reference_run(
+    make_run: MakeRun,
+    *,
+    steps: int = 500_000,
+    videos: str = "/my/videos",
+    preset: str = "gpu",
+    batch: int = 128,
+    **env: Any,
+) -> Path:
+    """Write a run of SVEA under DMC-GB's protocol, or one that departs from it."""
+    run = make_run("svea", **REFERENCE | env)
+    config = json.loads((run / "config.json").read_text())
+    config |= {"preset": preset, "configs": {"SACConfig": {"batch_size": batch}}}
+    (run / "config.json").write_text(json.dumps(config))
+    results = {name: {"returns": [600.0, 700.0]} for name in ("clean", "color_hard", "video_hard")}
+    write_evaluation(run, "1", results, agent_steps=steps, videos=videos)
+    return run
+
+
+def summary_of(*runs: Path) -> Summary:
+    return summarize([read_run(run) for run in runs])
+
+
+def test_every_row_names_a_task_its_source_and_a_plausible_return() -> None:
+    rows = read_published()
+    assert len(rows) > 200
+    keys = [(r.agent, r.task, r.distraction, r.source, r.agent_steps) for r in rows]
+    assert len(set(keys)) == len(keys)
+    for row in rows:
+        assert get_spec(row.task).family == "dmc"
+        assert 0 <= row.mean <= 1000
+        assert row.std is None or 0 <= row.std < 500
+        assert "arXiv:" in row.source
+        assert "authors' machine" in row.renderer
+
+
+def test_known_numbers_are_in_the_file() -> None:
+    rows = {
+        (r.agent, r.task, r.distraction, r.source.partition(",")[0]): r for r in read_published()
+    }
+    sgqn = rows["SGQN", WALKER, "video_hard", "SGQN"]
+    assert (sgqn.mean, sgqn.std, sgqn.agent_steps, sgqn.action_repeat) == (739, 21, 500_000, 4)
+    svea = rows["SVEA (overlay)", "dmc/cartpole-swingup", "video_easy", "SVEA"]
+    assert (svea.mean, svea.std, svea.action_repeat) == (782, 27, 8)
+    again = rows["SGQN", WALKER, "video_hard", "MaDi"]
+    assert (again.mean, again.std) == (718, 84)
+
+
+def test_same_protocol_rendering_and_budget_is_comparable(make_run: MakeRun) -> None:
+    found = compare(summary_of(reference_run(make_run)), WALKER)
+    ours = [c for c in found if c.row.protocol == "dmc-gb"]
+    assert {c.row.distraction for c in ours} == {"color_hard", "video_hard"}
+    assert all(c.comparable for c in ours)
+    # DMC-GB2 renders by itself, so its numbers are never comparable.
+    theirs = [c for c in found if c.row.protocol == "dmc-gb2"]
+    assert theirs
+    assert not any(c.comparable for c in theirs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"quality": "fast"}, "rendering fast, not reference"),
+        ({"protocol": None}, "protocol of no paper, not dmc-gb"),
+        ({"action_repeat": 2}, "action repeat 2, not 4"),
+        ({"size": 48}, "pixels 48, not 84"),
+        ({"distraction": "color_hard"}, "training pictures color_hard, not clean"),
+        ({"preset": "cpu"}, "preset cpu, not gpu"),
+        ({"batch": 64}, "batch 64, not 128"),
+    ],
+)
+def test_any_departure_sets_published_numbers_apart(
+    make_run: MakeRun, tmp_path: Path, changed: dict[str, Any], reason: str
+) -> None:
+    run = reference_run(make_run, **changed)
+    summary = summary_of(run)
+    found = compare(summary, WALKER)
+    assert found
+    assert not any(c.comparable for c in found)
+    assert not any(
+        beside(found, g, n) for g in summary.groups for n in ("color_hard", "video_hard")
+    )
+    tables = published_tables(summary, WALKER, found)
+    assert [table.name for table in tables] == ["published-other-dmc-walker-walk"]
+    assert "not comparable" in tables[0].caption
+    assert all(reason in row[-1].text for row in tables[0].rows if "dmc-gb," in row[5].text)
+    shown = text_of(build_report([run], tmp_path / "out"))
+    assert reason in shown
+    assert "same protocol and rendering: mean ±" not in shown
+
+
+def test_one_run_of_another_renderer_is_enough_to_set_them_apart(
+    make_run: MakeRun,
+) -> None:
+    other = make_run("sgqn", clean=[1.0, 2.0], **REFERENCE | {"quality": "fast"})
+    summary = summary_of(reference_run(make_run), other)
+    assert not any(c.comparable for c in compare(summary, WALKER))
+
+
+def test_procedural_videos_are_not_the_authors_videos(make_run: MakeRun) -> None:
+    found = compare(summary_of(reference_run(make_run, videos="procedural")), WALKER)
+    by_name = {c.row.distraction: c.comparable for c in found if c.row.protocol == "dmc-gb"}
+    assert by_name == {"color_hard": True, "video_hard": False}
+
+
+def test_a_smaller_budget_shows_end_points_at_their_own_steps_only(make_run: MakeRun) -> None:
+    summary = summary_of(reference_run(make_run, steps=20_000))
+    found = compare(summary, WALKER)
+    ends = beside(found, summary.groups[0], "color_hard")
+    assert {c.row.agent for c in ends} == {"SVEA (conv)", "SVEA (overlay)"}
+    assert not any(c.comparable for c in ends)
+    other = published_tables(summary, WALKER, found)[0]
+    assert "trained for 20,000 agent steps" in other.rows[0][-1].text
+
+
+@pytest.mark.usefixtures("drawn")
+@pytest.mark.parametrize("quality", ["reference", "fast"])
+def test_published_numbers_enter_no_number_of_ours(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quality: str
+) -> None:
+    run = reference_run(make_run, quality=quality)
+    true = build_report([run], tmp_path / "true").parent
+    inflated = [dataclasses.replace(row, mean=50 * row.mean + 7) for row in read_published()]
+    monkeypatch.setattr(report, "compare", lambda s, env_id: compare(s, env_id, inflated))
+    false = build_report([run], tmp_path / "false").parent
+    names = sorted(path.name for path in true.glob("*.csv"))
+    assert len(names) >= 4
+    assert all((true / name).read_bytes() == (false / name).read_bytes() for name in names)
+    assert (true / "aggregates.png").read_bytes() == (false / "aggregates.png").read_bytes()
+    # Beside ours they are drawn where they are comparable, and only there: that the picture
+    # changes shows that the comparison above compared something.
+    figure = "generalization_dmc-walker-walk.png"
+    same = (true / figure).read_bytes() == (false / figure).read_bytes()
+    assert same is (quality == "fast")
+    assert (true / "report.md").read_bytes() != (false / "report.md").read_bytes()
+
+
+def test_published_protocols_are_known_or_never_comparable() -> None:
+    unknown = {row.protocol for row in read_published()} - set(PROTOCOLS)
+    assert unknown == {"dmc-gb2"}
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("agent,mean\nSAC,3\n")
+    with pytest.raises(UserError, match=r"mine\.csv.*expected"):
+        read_published(file)
+    names = [field.name for field in dataclasses.fields(Published)]
+    file = tmp_path / "other.csv"
+    file.write_text(",".join(names) + "\n" + ",".join(["x"] * len(names)) + "\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_published(file)
