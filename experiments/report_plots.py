@@ -176,10 +176,9 @@ def generalization(
                 label=_label(group, max(score.runs for score in scores)),
             )
             for place in places:
-                for found in beside(published, group, names[place]):
-                    if found.comparable:
-                        look = style(summary, group.agent)
-                        _published(axes, place + shift + 0.05, found, look)
+                near = [c for c in beside(published, group, names[place]) if c.comparable]
+                for k, found in enumerate(near, 1):
+                    _published(axes, place + shift + 0.04 * k, found, style(summary, group.agent))
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(axis="x", visible=False)
@@ -211,7 +210,7 @@ def _band(axes: Axes, label: str, look: Style, line: Curve) -> None:
 
 
 def _published(axes: Axes, place: float, found: Comparison, look: Style) -> None:
-    """Draw a published number as an open marker in its agent's color."""
+    """Draw a published number as an open marker in its agent's color; the table tells them apart."""
     color, _, marker = look
     axes.errorbar(
         place,
@@ -223,7 +222,7 @@ def _published(axes: Axes, place: float, found: Comparison, look: Style) -> None
         markersize=7,
         capsize=5,
         elinewidth=0.8,
-        label=f"{found.row.agent}, published",
+        label=f"{found.row.agent.partition(' (')[0]}, published",
     )
 
 
@@ -263,7 +262,7 @@ def legend(figure: Figure, panels: Iterable[Axes]) -> None:
             list(entries.values()),
             list(entries),
             loc="outside upper left",
-            ncols=min(5, len(entries), max(1, 110 // max(map(len, entries)))),
+            ncols=min(5, len(entries), max(1, 108 // (7 + max(map(len, entries))))),
             handlelength=2.6,
             columnspacing=1.4,
         )

@@ -15,17 +15,18 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
 from agents.core.errors import UserError
 from envs import PROTOCOLS
-from experiments.report_blocks import Cell, Table, cells, slug
+from experiments.report_blocks import Cell, Table, cells, limits, slug
 from experiments.report_runs import Run
-from experiments.report_scores import CLEAN, Group, Summary
-from experiments.report_tables import learned_notes
+from experiments.report_scores import CLEAN, Group, Summary, in_order
+from experiments.report_tables import flag, joined, learned_notes
 
+REDRAWN = "Starting states and color sets are drawn anew from the same distributions."
 PUBLISHED = Path(__file__).with_name("published.csv")
 
 
@@ -175,9 +176,13 @@ def published_tables(
     others = [c for c in comparisons if not c.comparable]
     tables = []
     if comparable:
-        caption = f"Published numbers on {env_id}, same protocol and rendering: mean ± standard deviation."
-        notes = learned_notes(summary.of(env_id))
-        tables.append(_table(f"published-{slug(env_id)}", caption, comparable, notes))
+        caption = (
+            f"Published numbers on {env_id}, same protocol, rendering and budget: mean ± standard "
+            "deviation; ours: mean and 95 % interval."
+        )
+        notes = (REDRAWN, *learned_notes(summary.of(env_id)))
+        table = _table(f"published-{slug(env_id)}", caption, comparable, notes)
+        tables.append(replace(table, rows=[*_own_rows(summary, env_id, comparable), *table.rows]))
     if others:
         caption = (
             f"Published on {env_id}, other protocol, renderer or budget: not comparable with the "
@@ -185,6 +190,28 @@ def published_tables(
         )
         tables.append(_table(f"published-other-{slug(env_id)}", caption, others, (), differs=True))
     return tables
+
+
+def _own_rows(summary: Summary, env_id: str, comparable: Sequence[Comparison]) -> list[list[Cell]]:
+    """Return our agents under the distractions that have comparable numbers, in the same columns."""
+    rows = []
+    for name in in_order({comparison.row.distraction for comparison in comparable}):
+        for group in summary.of(env_id):
+            score = group.scores.get(name)
+            if score is None:
+                continue
+            row = next(c.row for c in comparable if c.row.distraction == name)
+            texts = [
+                name,
+                f"{score.mean:.0f} {limits(score.low, score.high, 100)}",
+                str(score.runs),
+                f"{row.agent_steps:,}",
+                f"{row.protocol}, action repeat {row.action_repeat}",
+                joined(run.system.get("gl_renderer") for run in group.runs),
+                "this report",
+            ]
+            rows.append([Cell(group.agent, flag=flag(group)), *cells(texts)])
+    return rows
 
 
 def _table(
@@ -213,7 +240,7 @@ def _table(
             budget = (f"trained for {comparison.budget} agent steps",) if comparison.budget else ()
             texts.append("; ".join((*comparison.differences, *budget)))
         rows.append([Cell(row.agent), *cells(texts)])
-    head = ["published agent", "distraction", "return", "seeds", "agent steps", "protocol"]
+    head = ["agent", "distraction", "return", "seeds", "agent steps", "protocol"]
     head += ["renderer", "source", *(["our runs have"] if differs else [])]
     listed = tuple(f"{number}: {source}." for number, source in enumerate(sources, 1))
     return Table(name, caption, head, rows, (*listed, *notes), wide=True)

@@ -34,6 +34,9 @@ REFERENCE = {
 }
 
 
+COMPARABLE = "same protocol, rendering and budget: mean"
+
+
 def reference_run(
     make_run: MakeRun,
     *,
@@ -83,7 +86,8 @@ def test_known_numbers_are_in_the_file() -> None:
 
 
 def test_same_protocol_rendering_and_budget_is_comparable(make_run: MakeRun) -> None:
-    found = compare(summary_of(reference_run(make_run)), WALKER)
+    summary = summary_of(reference_run(make_run))
+    found = compare(summary, WALKER)
     ours = [c for c in found if c.row.protocol == "dmc-gb"]
     assert {c.row.distraction for c in ours} == {"color_hard", "video_hard"}
     assert all(c.comparable for c in ours)
@@ -91,6 +95,14 @@ def test_same_protocol_rendering_and_budget_is_comparable(make_run: MakeRun) -> 
     theirs = [c for c in found if c.row.protocol == "dmc-gb2"]
     assert theirs
     assert not any(c.comparable for c in theirs)
+    table, others = published_tables(summary, WALKER, found)
+    assert COMPARABLE in table.caption
+    assert "not comparable" in others.caption
+    own = [row for row in table.rows if row[-1].text == "this report"]
+    assert [(row[0].text, row[1].text, row[2].text) for row in own] == [
+        ("svea", "color_hard", "650 [600, 700]"),
+        ("svea", "video_hard", "650 [600, 700]"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +134,7 @@ def test_any_departure_sets_published_numbers_apart(
     assert all(reason in row[-1].text for row in tables[0].rows if "dmc-gb," in row[5].text)
     shown = text_of(build_report([run], tmp_path / "out"))
     assert reason in shown
-    assert "same protocol and rendering: mean ±" not in shown
+    assert COMPARABLE not in shown
 
 
 def test_one_run_of_another_renderer_is_enough_to_set_them_apart(
