@@ -156,6 +156,7 @@ def run_rows(summary: Summary) -> Rows:
                 "env": run.env_id,
                 "agent": run.agent,
                 "seed": run.seed,
+                "learned": group.learned,
                 **run.counters,
                 **{f"return {name}": result.returns.mean() for name, result in returns.items()},
                 **{name: found.get(name) for name in names},

@@ -40,7 +40,7 @@ table { border-collapse: collapse; font: .86rem/1.4 system-ui, "Segoe UI", Helve
   font-variant-numeric: tabular-nums; min-width: 60%;
   border-top: 2px solid #222; border-bottom: 2px solid #222; }
 th, td { text-align: left; vertical-align: top; padding: .4rem 1.3rem .4rem 0; }
-td.wide { overflow-wrap: anywhere; min-width: 9rem; max-width: 20rem; }
+td.wide { overflow-wrap: anywhere; min-width: 5rem; max-width: 18rem; }
 thead th { border-bottom: 1px solid #222; font-weight: 600; vertical-align: bottom; }
 tbody tr + tr > * { border-top: 1px solid #e2e2e2; }
 tbody th { font-weight: 600; }

@@ -47,7 +47,8 @@ METHOD = (
     f"{NORMALIZATION} Over several tasks, the **optimality gap** is by how much scores miss 1 on "
     "average, a **performance profile** the share of runs above each score, and **P(improvement)** "
     "the probability that a run of one agent beats a run of another on a task, ties counting half; "
-    "runs are resampled inside each task (Agarwal et al. 2021, arXiv:2108.13264).",
+    "runs are resampled inside each task, and a task with more runs weighs more (Agarwal et al. "
+    "2021, arXiv:2108.13264).",
 )
 
 

@@ -172,6 +172,7 @@ def published_tables(
     summary: Summary, env_id: str, comparisons: Sequence[Comparison]
 ) -> list[Table]:
     """Return the comparable published numbers, then the others with what differs."""
+    learned = learned_notes(summary.of(env_id))
     comparable = [c for c in comparisons if c.comparable]
     others = [c for c in comparisons if not c.comparable]
     tables = []
@@ -180,7 +181,7 @@ def published_tables(
             f"Published numbers on {env_id}, same protocol, rendering and budget: mean ± standard "
             "deviation; ours: mean and 95 % interval."
         )
-        notes = (REDRAWN, *learned_notes(summary.of(env_id)))
+        notes = (REDRAWN, *learned)
         table = _table(f"published-{slug(env_id)}", caption, comparable, notes)
         tables.append(replace(table, rows=[*_own_rows(summary, env_id, comparable), *table.rows]))
     if others:
@@ -188,7 +189,9 @@ def published_tables(
             f"Published on {env_id}, other protocol, renderer or budget: not comparable with the "
             "numbers of this report."
         )
-        tables.append(_table(f"published-other-{slug(env_id)}", caption, others, (), differs=True))
+        tables.append(
+            _table(f"published-other-{slug(env_id)}", caption, others, learned, differs=True)
+        )
     return tables
 
 

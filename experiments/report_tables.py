@@ -138,7 +138,8 @@ def settings_table(summary: Summary) -> Table | None:
             for values, s in seeds.items()
         ]
     caption = "Settings that differ between runs."
-    return Table("settings", caption, ["agent", "task", "seeds", *names], rows, wide=True)
+    head = ["agent", "task", "seeds", *names]
+    return Table("settings", caption, head, rows, learned_notes(summary.groups), wide=True)
 
 
 def _span(runs: list[Run], counter: str) -> str:
