@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.core.agent import Observation
-from agents.core.saliency import SaliencyRule, frame_saliency, input_gradient
+from agents.core.saliency import SaliencyRule, frame_saliency, input_gradient, panels
 
 
 @dataclass
@@ -119,19 +119,10 @@ def critic_saliency(
 
 
 def overlay_grid(pixels: Tensor, saliency: Tensor, samples: int = 4) -> np.ndarray:
-    """Draw the newest frame, the saliency, and both together, one row per sample, uint8 [n*H, 3*W, 3].
-
-    Saliency is scaled by its 99th percentile per picture, so that one hot pixel does not hide the rest.
-    """
-    frames = pixels[:samples, -3:].float().cpu().numpy().transpose(0, 2, 3, 1) / 255
-    heat = saliency[:samples, -1].detach().float().cpu().numpy()
-    scale = np.quantile(heat, 0.99, axis=(1, 2), keepdims=True) + 1e-12
-    heat = np.clip(heat / scale, 0, 1)[..., None]
-    gray = frames.mean(-1, keepdims=True)
-    hot = np.concatenate([heat, heat * heat * 0.6, np.zeros_like(heat)], axis=-1)
-    both = np.clip(0.45 * gray * (1 - heat) + hot, 0, 1)
-    rows = np.concatenate([frames, np.repeat(heat, 3, -1), both], axis=2)
-    return (rows.reshape(-1, *rows.shape[2:]) * 255).round().astype(np.uint8)
+    """Draw the newest frame, the saliency, and both together, one row per sample, uint8 [n*H, 3*W, 3]."""
+    frames = pixels[:samples, -3:].float().cpu().numpy().transpose(0, 2, 3, 1)
+    rows = panels(frames, saliency[:samples, -1].detach().float().cpu().numpy())
+    return rows.reshape(-1, *rows.shape[2:])
 
 
 def newest_frames(pixels: Tensor, samples: int = 4) -> np.ndarray:

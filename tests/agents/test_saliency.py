@@ -16,6 +16,7 @@ from agents.core.saliency import (
     frame_saliency,
     input_gradient,
     mask_channels,
+    panels,
     quantile_mask,
     score_saliency,
 )
@@ -183,3 +184,23 @@ def test_a_state_cannot_be_looked_at():
 
     agent = small_agent("sac", STATE)
     assert agent.saliency(observation(STATE), torch.zeros(8, 2)) is None
+
+
+def test_panels_show_the_frame_the_saliency_and_both():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 10, 10, 3), dtype=np.uint8)
+    saliency = np.zeros((2, 10, 10))
+    saliency[0, 2, 3] = saliency[0, 2, 4] = 5.0
+    saliency[0, 7, 7] = 1.0
+    drawn = panels(frames, saliency)
+    assert drawn.shape == (2, 10, 30, 3)
+    assert drawn.dtype == np.uint8
+    np.testing.assert_array_equal(drawn[:, :, :10], frames)
+    middle, right = drawn[:, :, 10:20], drawn[:, :, 20:]
+    assert middle[0, 2, 3].tolist() == middle[0, 2, 4].tolist() == [255, 255, 255]
+    assert middle[0, 7, 7].tolist() == [51, 51, 51], "a fifth of the strongest"
+    assert right[0, 2, 3].tolist() == [255, 153, 0]
+    calm = saliency == 0
+    assert not middle[calm].any()
+    gray = 0.45 * frames.mean(-1, keepdims=True).repeat(3, -1)
+    np.testing.assert_allclose(right[calm], gray[calm], atol=0.51)

@@ -1,0 +1,224 @@
+"""Record what an agent sees, where it looks, and what it earns, as MP4.
+
+    python -m experiments.record runs/dmc-cartpole-swingup/sgqn-seed1
+    python -m experiments.record RUN --distractions clean video_hard --episodes 3 --out films/
+
+Left is the frame as the agent sees it, in the middle its saliency (scaled by itself in every frame), right both
+together; below, the reward of the step that led here and the return so far. An agent without saliency gets the frame
+alone. Colors and videos come from the test split; the episodes are the first ones of `experiments.evaluate` with the
+same --seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+from tqdm import tqdm
+
+import envs
+from agents import Policy
+from agents.core.errors import UserError
+from agents.core.saliency import panels
+from agents.core.seeding import spawn_seeds
+from agents.policy import read_config
+from experiments.arguments import Parser, run_command
+from experiments.captions import Caption
+from experiments.evaluate import DISTRACTIONS
+from experiments.imports import add_import_flag, import_for_run
+from experiments.settings import check_device
+from wrappers.distraction.presets import make_distraction
+
+PANEL = 192
+"""Pixels that the side of a panel has at least, where --scale does not say otherwise."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is shown of one step.
+
+    Attributes:
+        frame: uint8 [H, W, 3], as the agent sees it now.
+        saliency: float32 [H, W], where it looks in it; None where it cannot tell.
+        step: agent steps so far.
+        reward: of the step that led here, 0 at the beginning.
+        total: return so far, undiscounted.
+        success: whether the task was solved at any moment so far.
+    """
+
+    frame: np.ndarray
+    saliency: np.ndarray | None
+    step: int
+    reward: float
+    total: float
+    success: bool
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    p = Parser(prog="python -m experiments.record", description=__doc__)
+    p.add_argument("run", type=Path, help="run folder that training wrote")
+    add_import_flag(p)
+    p.add_argument(
+        "--distractions", nargs="+", default=list(DISTRACTIONS), metavar="NAME",
+        help=f"what to record under [{' '.join(DISTRACTIONS)}]",
+    )  # fmt: skip
+    p.add_argument("--episodes", type=int, default=1, help="episodes per distraction [1]")
+    p.add_argument("--out", type=Path, help="folder of the films [RUN/films/<checkpoint>]")
+    p.add_argument("--overwrite", action="store_true", help="replace films of the same name")
+    p.add_argument(
+        "--checkpoint", default="latest", help="latest, best or a checkpoint's name [latest]"
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of the episodes [0]")
+    p.add_argument("--split", default="test", choices=("train", "validation", "test"),
+                   help="which colors and videos [test]")  # fmt: skip
+    p.add_argument("--videos", help="folder of videos or image folders; none plays procedural ones")
+    p.add_argument("--scale", type=int, help=f"film pixels per pixel [to {PANEL} a panel or more]")
+    p.add_argument("--fps", type=float, help="frames per second [the task's own speed]")
+    p.add_argument("--device", default="cpu", help="where the policy acts [cpu]")
+    return p
+
+
+@run_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    given = parser().parse_args(argv)
+    if given.episodes < 1 or (given.scale is not None and given.scale < 1):
+        raise UserError("--episodes and --scale must be at least 1")
+    if given.fps is not None and not 0 < given.fps <= 1000:
+        raise UserError(f"--fps is {given.fps}; give a number above 0, at most 1000")
+    import_for_run(read_config(given.run), given.imports)
+    policy = Policy.load(given.run, checkpoint=given.checkpoint, device=check_device(given.device))
+    task = policy.config["env"]
+    videos = task["videos"] if given.videos is None else given.videos
+    for distraction in given.distractions:  # all of them, before the first takes its time
+        make_distraction(distraction, split=given.split, videos=videos)
+    out = given.out or given.run / "films" / Path(policy.checkpoint).name
+    seeds = episode_seeds(given.seed, given.episodes)
+    films = film_files(out, given.distractions, given.episodes, overwrite=given.overwrite)
+    for distraction in given.distractions:
+        settings = {"distraction": distraction, "split": given.split, "videos": videos, "seed": 0}
+        with closing(envs.make(**{**task, **settings})) as env:
+            for number, seed in enumerate(seeds):
+                file = films[distraction, number]
+                moments = episode(policy, env, seed)
+                last = write_film(file, moments, distraction, given.fps or speed(env), given.scale)
+                print(f"{distraction}: {last.step} agent steps, return {last.total:.1f}, {file}")
+    return 0
+
+
+def film_files(
+    out: Path, distractions: Sequence[str], episodes: int, *, overwrite: bool
+) -> dict[tuple[str, int], Path]:
+    """Return the file of every distraction and episode, in a folder that is there.
+
+    Raises:
+        UserError: a file exists that may not be overwritten, or the folder cannot be made.
+    """
+    files = {
+        (distraction, number): out / f"{distraction}-{number + 1}.mp4"
+        for distraction in distractions
+        for number in range(episodes)
+    }
+    for file in files.values():
+        if file.exists() and not overwrite:
+            raise UserError(f"'{file}' exists; use --overwrite, or another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create folder '{out}': {error.strerror}") from error
+    return files
+
+
+def episode_seeds(seed: int, episodes: int) -> list[int]:
+    """Return the seeds that an evaluation's environments begin with.
+
+    Raises:
+        UserError: the seed is negative.
+    """
+    entropy = spawn_seeds(seed)[1]["evaluation"]
+    children = (np.random.SeedSequence(entropy, spawn_key=(i, 0)) for i in range(episodes))
+    return [int(child.generate_state(1)[0]) for child in children]
+
+
+def speed(env: envs.Environment) -> float:
+    """Return how many agent steps the task takes in a second of its own."""
+    return env.metadata.get("render_fps", 30) / env.settings["action_repeat"]
+
+
+def episode(policy: Policy, env: envs.Environment, seed: int) -> Iterator[Moment]:
+    """Yield an episode's moments, from the reset to the last observation, acting greedily."""
+    observation, info = env.reset(seed=seed)
+    step, reward, total, ended, success = 0, 0.0, 0.0, False, False
+    while True:
+        success = success or bool(info.get("success", 0.0))
+        action = policy.act(observation)
+        seen = policy.saliency(_batch(observation), action[None])
+        heat = None if seen is None else seen[0]
+        yield Moment(env.render(), heat, step, float(reward), total, success)
+        if ended:
+            return
+        observation, reward, terminated, truncated, info = env.step(action)
+        step, total, ended = step + 1, total + float(reward), terminated or truncated
+
+
+def _batch(observation: Any) -> Any:
+    """Return a batch of one observation."""
+    if isinstance(observation, Mapping):
+        return {name: part[None] for name, part in observation.items()}
+    return observation[None]
+
+
+def write_film(
+    file: Path, moments: Iterator[Moment], title: str, fps: float, scale: int | None
+) -> Moment:
+    """Write a film and return its last moment; the file appears when it is whole.
+
+    Args:
+        file: ends in .mp4; an old one is replaced.
+        moments: of one episode, at least one.
+        title: what the caption begins with.
+        fps: frames per second.
+        scale: film pixels per pixel of a frame; None makes a panel's side `PANEL` pixels or more.
+    """
+    unfinished = file.with_name(f".writing-{file.name}")
+    caption: Caption | None = None
+    try:
+        writer: Any = imageio.get_writer(unfinished, "FFMPEG", "I", fps=fps, macro_block_size=2)
+        with closing(writer):
+            for moment in tqdm(moments, desc=file.stem, unit="step", disable=None, leave=False):
+                picture = enlarge(draw(moment), scale or -(-PANEL // min(moment.frame.shape[:2])))
+                caption = caption or Caption(picture.shape[1])
+                writer.append_data(caption.below(picture, describe(moment, title)))
+        unfinished.replace(file)
+    finally:
+        with suppress(FileNotFoundError):
+            unfinished.unlink()
+    return moment
+
+
+def draw(moment: Moment) -> np.ndarray:
+    """Return the panels of a moment, uint8 [H, 3*W, 3], or the frame alone, uint8 [H, W, 3]."""
+    if moment.saliency is None:
+        return moment.frame
+    return panels(moment.frame[None], moment.saliency[None])[0]
+
+
+def describe(moment: Moment, title: str) -> str:
+    """Return a moment's caption."""
+    text = f"{title}  step {moment.step}  reward {moment.reward:.2f}  return {moment.total:.1f}"
+    return f"{text}  solved" if moment.success else text
+
+
+def enlarge(picture: np.ndarray, scale: int) -> np.ndarray:
+    """Return the picture with every pixel repeated `scale` times in both directions."""
+    return picture.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
