@@ -22,7 +22,9 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def import_for_run(config: Mapping[str, Any], given: Sequence[str] = ()) -> list[str]:
+def import_for_run(
+    config: Mapping[str, Any], given: Sequence[str] = (), *, source: str = "the run's config"
+) -> list[str]:
     """Import what the command line names and what a run was trained with, and return all of it.
 
     A recorded module is another person's word: a line tells of it before its code runs.
@@ -30,6 +32,7 @@ def import_for_run(config: Mapping[str, Any], given: Sequence[str] = ()) -> list
     Args:
         config: the run's config.json.
         given: the values of `--import`.
+        source: what `config` is, for the line.
 
     Raises:
         UserError: a module cannot be imported.
@@ -38,6 +41,6 @@ def import_for_run(config: Mapping[str, Any], given: Sequence[str] = ()) -> list
     recorded = recorded_imports(config)
     for name in recorded:
         if name not in sys.modules:
-            print(f"imports {name}, as the run's config says", flush=True)
+            print(f"imports {name}, as {source} says", flush=True)
         import_modules([name])
     return list(dict.fromkeys([*recorded, *given]))

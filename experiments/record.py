@@ -25,12 +25,12 @@ import envs
 from agents import Policy
 from agents.core.errors import UserError
 from agents.core.saliency import panels
-from agents.core.seeding import spawn_seeds
 from agents.policy import read_config
 from experiments.arguments import Parser, run_command
 from experiments.captions import Caption
 from experiments.evaluate import DISTRACTIONS
 from experiments.imports import add_import_flag, import_for_run
+from experiments.rollouts import episode_seeds
 from experiments.settings import check_device
 from wrappers.distraction.presets import make_distraction
 
@@ -133,17 +133,6 @@ def film_files(
     except OSError as error:
         raise UserError(f"cannot create folder '{out}': {error.strerror}") from error
     return files
-
-
-def episode_seeds(seed: int, episodes: int) -> list[int]:
-    """Return the seeds that an evaluation's environments begin with.
-
-    Raises:
-        UserError: the seed is negative.
-    """
-    entropy = spawn_seeds(seed)[1]["evaluation"]
-    children = (np.random.SeedSequence(entropy, spawn_key=(i, 0)) for i in range(episodes))
-    return [int(child.generate_state(1)[0]) for child in children]
 
 
 def speed(env: envs.Environment) -> float:

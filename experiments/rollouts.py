@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from agents.core.saliency import score_saliency
+from agents.core.seeding import spawn_seeds
 from envs.vector import VectorEnv
 
 ActFunction = Callable[[Any], np.ndarray]
@@ -142,6 +143,17 @@ class _Looks:
         """Begin new episodes in some environments."""
         for env in ended:
             self._scores[env] = []
+
+
+def episode_seeds(seed: int, episodes: int) -> list[int]:
+    """Return the seeds that an evaluation's environments begin with.
+
+    Raises:
+        UserError: the seed is negative.
+    """
+    entropy = spawn_seeds(seed)[1]["evaluation"]
+    children = (np.random.SeedSequence(entropy, spawn_key=(i, 0)) for i in range(episodes))
+    return [int(child.generate_state(1)[0]) for child in children]
 
 
 def random_policy(envs: VectorEnv, seed: int) -> ActFunction:

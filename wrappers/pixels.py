@@ -100,13 +100,7 @@ class Pixels(gymnasium.Wrapper):
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode: `seed` determines simulator and appearance, without it both go on."""
         self._state, info = self.env.reset(seed=seed, options=options)
-        self._has_begun = True
-        if seed is not None:
-            self._rng = np.random.default_rng((seed, DISTRACTION_STREAM))
-        if self.distraction is not None:
-            self.distraction.reset(self.view, self._rng)
-        self._frames.clear()
-        return self._look(), self._with_foreground(info)
+        return self._first_look(seed), self._with_foreground(info)
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Repeat `action` and sum the rewards; a success at any moment of it counts."""
@@ -120,9 +114,7 @@ class Pixels(gymnasium.Wrapper):
                 break
         if "success" in info:
             info["success"] = success
-        if self.distraction is not None:
-            self.distraction.advance(self.view)
-        return self._look(), total, terminated, truncated, self._with_foreground(info)
+        return self._next_look(), total, terminated, truncated, self._with_foreground(info)
 
     def observe(self) -> Observation:
         """Return the current observation once more, for instance after `set_state`."""
@@ -170,6 +162,42 @@ class Pixels(gymnasium.Wrapper):
         self._frames.extend(state["frames"].copy())
         self._state = state["state"].copy()
         self._has_begun = True
+
+    def get_scene(self) -> dict[str, Any]:
+        """Return the part of `get_state` that is there however it is seen: simulator and state observation."""
+        return {"env": self.env.get_wrapper_attr("get_state")(), "state": self._state.copy()}
+
+    def show_scene(self, scene: dict[str, Any], *, seed: int | None = None) -> Observation:
+        """Look at a scene as if an episode here had led to it, and return the observation.
+
+        The scenes of an episode, shown in order, give what the same seed and actions would have given under this
+        environment's distraction, camera and quality.
+
+        Args:
+            scene: what `get_scene` of an environment of the same task returned.
+            seed: begins an episode, with the appearance of `reset(seed=seed)`; None goes on by an agent step.
+        """
+        if seed is None:
+            self._check_begun()
+        self.env.get_wrapper_attr("set_state")(scene["env"])
+        self._state = scene["state"].copy()
+        return self._next_look() if seed is None else self._first_look(seed)
+
+    def _first_look(self, seed: int | None) -> Observation:
+        """Draw an episode's appearance and return the first observation."""
+        self._has_begun = True
+        if seed is not None:
+            self._rng = np.random.default_rng((seed, DISTRACTION_STREAM))
+        if self.distraction is not None:
+            self.distraction.reset(self.view, self._rng)
+        self._frames.clear()
+        return self._look()
+
+    def _next_look(self) -> Observation:
+        """Let the appearance go on by an agent step and return the observation."""
+        if self.distraction is not None:
+            self.distraction.advance(self.view)
+        return self._look()
 
     def _check_begun(self) -> None:
         if not self._has_begun:

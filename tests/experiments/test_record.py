@@ -17,7 +17,8 @@ from agents import Policy
 from experiments import record
 from experiments.captions import LONGEST, Caption
 from experiments.evaluate import evaluate_run
-from experiments.record import Moment, draw, episode, episode_seeds, main, speed
+from experiments.record import Moment, draw, episode, main, speed
+from experiments.rollouts import episode_seeds
 from tests.experiments.helpers import train
 
 STEPS = 9
