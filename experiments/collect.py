@@ -138,9 +138,11 @@ def rerender(root: Path, given: dict[str, Any]) -> list[float]:
     """Write a dataset with the episodes of another, drawn anew, and return their returns."""
     dataset = Dataset(root, given["rerender"])
     imports = import_for_run(dataset.about, given["imports"], source="the dataset")
-    settings = changed(dataset.about["settings"], given, OF_A_PICTURE, "--rerender")
-    about = {**dataset.about, "imports": imports, "rerendered_from": given["rerender"]}
-    del about["settings"], about["schema"]
+    # What a protocol fixes stands in the settings; its name would forbid another size or camera.
+    own = {**dataset.about["settings"], "protocol": None}
+    settings = changed(own, given, OF_A_PICTURE, "--rerender")
+    origin = {k: v for k, v in dataset.about.items() if k not in ("schema", "settings")}
+    about = {**origin, "imports": imports, "rerendered_from": given["rerender"]}
     count = min(given["episodes"] or len(dataset), len(dataset))
     with closing(envs.make(**settings)) as env:
         episodes = (redraw(env, dataset[i]) for i in range(count))

@@ -190,9 +190,10 @@ class Dataset:
             raise UserError(
                 f"dataset '{dataset}' holds no simulator states: it was not collected by Sightline"
             )
-        if self.about["schema"] > SCHEMA:
+        schema = self.about.get("schema", SCHEMA)
+        if schema > SCHEMA:
             raise UserError(
-                f"dataset '{dataset}' has schema {self.about['schema']}, this version reads {SCHEMA}: upgrade"
+                f"dataset '{dataset}' has schema {schema}, this version reads {SCHEMA}: upgrade"
             )
 
     def __len__(self) -> int:

@@ -14,10 +14,9 @@ from envs.metaworld_tasks import task_names
 from wrappers.errors import UserError
 
 
-@pytest.mark.parametrize("task", ["drawer-open", "reach"])
-def test_an_expert_solves_its_task_where_random_actions_do_not(task: str) -> None:
-    act = scripted_expert(task)
-    with closing(envs.make(f"metaworld/{task}", observation="state", action_repeat=1)) as env:
+def test_an_expert_solves_its_task_where_random_actions_do_not() -> None:
+    act = scripted_expert("reach")
+    with closing(envs.make("metaworld/reach", observation="state", action_repeat=1)) as env:
         state, _ = env.reset(seed=5)
         env.action_space.seed(0)
         random = []

@@ -44,7 +44,7 @@ def play(
         ("toy/reach-drift", None),
         ("toy/reach-drift", "color_hard"),
         ("toy/reach-drift", "video_hard"),
-        ("dmc/quadruped-escape", "color_hard"),
+        pytest.param("dmc/quadruped-escape", "color_hard", marks=pytest.mark.slow),
         ("dmc/cartpole-swingup", None),
         ("dmc/cartpole-swingup", "video_hard"),
         ("metaworld/drawer-open", "video_hard"),
