@@ -11,14 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from agents.core.checkpoints import CheckpointStore
+from experiments.campaign import is_saving, newest_step, steps_logged
 from tests.experiments.helpers import arguments, assert_same_run, metrics, resume, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,20 +33,26 @@ RUN = {
 class Child:
     """`python -m experiments.train` as a process of its own."""
 
-    def __init__(self, words: list[str], log: Path) -> None:
+    def __init__(self, words: list[str], log: Path, *, group: bool = False) -> None:
         command = [sys.executable, "-m", "experiments.train", *words]
         self.started = time.time_ns()
         self._log = log
         with log.open("w") as handle:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=handle, stderr=handle)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=handle, stderr=handle, start_new_session=group
+            )
+
+    def wait_for(self, moment: Callable[[], bool]) -> None:
+        """Wait for a moment in its life."""
+        while not moment():
+            assert self.process.poll() is None, f"it ended too early: {self._log.read_text()}"
+            time.sleep(0.001)
 
     def signal_when(
         self, moment: Callable[[], bool], number: signal.Signals
     ) -> list[psutil.Process]:
         """Wait for a moment, send the signal, and return the processes that it had started."""
-        while not moment():
-            assert self.process.poll() is None, f"it ended too early: {self._log.read_text()}"
-            time.sleep(0.001)
+        self.wait_for(moment)
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(number)
         return children
@@ -62,29 +67,6 @@ class Child:
         return self._log.read_text()
 
 
-def steps_logged(run: Path, since: int) -> int:
-    """Return the last whole line's agent steps of a metrics.csv that was written to after `since`."""
-    file = run / "metrics.csv"
-    if not file.exists() or file.stat().st_mtime_ns < since:
-        return 0
-    lines = file.read_text().splitlines(keepends=True)[1:]
-    return max((int(line.split(",")[0]) for line in lines if line.endswith("\n")), default=0)
-
-
-def newest(run: Path) -> int:
-    """Return the newest checkpoint's agent steps, 0 where there is none."""
-    folder = CheckpointStore(run).latest()
-    return int(folder.name.rpartition("-")[2]) if folder else 0
-
-
-def is_saving(run: Path, since: int) -> bool:
-    """Whether a checkpoint is half written, by a process that was started at `since`."""
-    with suppress(FileNotFoundError):
-        files = list((run / "checkpoints").glob(".writing-*/*"))
-        return any(file.stat().st_mtime_ns > since for file in files)
-    return False
-
-
 def kill_repeatedly(folder: Path, kills: int, seed: int, steps: int, workers: int) -> None:
     """Kill and resume one run `kills` times, let it end, and compare with an undisturbed run."""
     random = np.random.default_rng(seed)
@@ -95,13 +77,13 @@ def kill_repeatedly(folder: Path, kills: int, seed: int, steps: int, workers: in
     )
     for number in range(kills):
         child = Child(words, folder / f"child-{number}.log")
-        start, pause = newest(run), 2 * int(random.integers(1, 8))
+        start, pause = newest_step(run) or 0, 2 * int(random.integers(1, 8))
         saving = number % 2 == 0
 
         def moment(
             reached: int = start + pause, saving: bool = saving, since: int = child.started
         ) -> bool:
-            at_work = newest(run) > 0 and steps_logged(run, since) >= reached
+            at_work = bool(newest_step(run)) and (steps_logged(run, since) or 0) >= reached
             return at_work and (is_saving(run, since) or not saving)
 
         helpers = child.signal_when(moment, signal.SIGKILL)
@@ -110,7 +92,7 @@ def kill_repeatedly(folder: Path, kills: int, seed: int, steps: int, workers: in
         left = [helper for helper in left if helper.status() != psutil.STATUS_ZOMBIE]
         assert not left, "workers end with their learner"
         words = ["--resume", str(run), "--threads", "1"]
-    assert 0 < newest(run) < steps, "every kill must find it at work"
+    assert 0 < (newest_step(run) or 0) < steps, "every kill must find it at work"
     child = Child(words, folder / "child-last.log")
     assert child.wait() == 0, child.output
     assert_same_run(whole, run)
@@ -132,9 +114,10 @@ def test_a_run_that_is_asked_to_end_saves_and_exits_with_zero(tmp_path: Path) ->
     run = tmp_path / "stopped"
     words = arguments("drqv2", "toy/reach", run, steps=100_000, **RUN)
     child = Child(words, tmp_path / "child.log")
-    child.signal_when(lambda: steps_logged(run, child.started) >= 16, signal.SIGTERM)
+    child.signal_when(lambda: (steps_logged(run, child.started) or 0) >= 16, signal.SIGTERM)
     assert child.wait() == 0, child.output
-    saved = newest(run)
+    saved = newest_step(run)
+    assert saved is not None
     assert saved >= 16
     assert f"stopped after {saved:,} agent steps" in child.output
     resume(run, steps=saved + 20)

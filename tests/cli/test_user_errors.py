@@ -20,10 +20,11 @@ import agents.core.fields
 from agents import Policy
 from agents.core.errors import UserError
 from agents.policy import read_config
+from experiments.compare import final_state
 from experiments.demo import main as demo
 from experiments.evaluate import main as evaluate
 from experiments.train import main, new_config, parser
-from tests.experiments.helpers import arguments, final_state, train
+from tests.experiments.helpers import arguments, train
 
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[[list[str]], int]

@@ -15,12 +15,11 @@ import pytest
 from agents import AGENTS
 from agents.core.checkpoints import CheckpointStore
 from agents.core.loops import OffPolicyLoop
+from experiments.compare import difference, final_state
 from experiments.train import main
 from tests.experiments.helpers import (
     arguments,
     assert_same_run,
-    difference,
-    final_state,
     metrics,
     resume,
     train,
