@@ -16,7 +16,11 @@ from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.imports import import_modules, recorded_imports
 from agents.core.settings import from_dict
+from agents.core.trees import check_schema
 from agents.registry import AGENTS, AgentSpec, find, make_agent
+
+SCHEMA = 1
+"""Version of config.json's layout."""
 
 REQUIRED = {"agent", "env", "vector", "train", "configs", "device"}
 """What every run's config.json holds."""
@@ -132,7 +136,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
     """Return a run folder's config.json.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is no run, or one of another version.
     """
     file = Path(run) / "config.json"
     if not file.is_file():
@@ -145,6 +149,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
         raise UserError(f"'{file}' is damaged ({error}); restore it or train anew") from error
     if not isinstance(config, dict) or not config.keys() >= REQUIRED:
         raise UserError(f"'{file}' is no run's config; give a folder that training wrote")
+    check_schema(file, config.get("schema", SCHEMA), SCHEMA)
     return config
 
 

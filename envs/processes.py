@@ -18,8 +18,10 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import send_handle
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -141,6 +143,7 @@ class Worker:
         self._command = "build"
         self._process: Any = None
         self._connection: Any = None
+        self._at_exit: Finalize | None = None
         self._is_stuck = False  # part of a request lies in the pipe, and nobody takes it
 
     def start(self) -> None:
@@ -157,8 +160,11 @@ class Worker:
             daemon=True,
         )
         # The fork server takes its environment from whoever starts it first.
-        with _environment(THREADS), _hidden_script(hide=b"__main__" not in self._factories):
+        hidden = _hidden_script(hide=b"__main__" not in self._factories)
+        with _environment(THREADS), hidden, _termination_held_back():
             self._process.start()
+        # At a script's end multiprocessing sends workers that it forgot the SIGTERM that they ignore, and waits.
+        self._at_exit = Finalize(None, self._process.kill, exitpriority=0)
         theirs.close()
         self.send("build")
 
@@ -214,6 +220,8 @@ class Worker:
 
     def kill(self) -> None:
         """End the process by force."""
+        if self._at_exit is not None:
+            self._at_exit.cancel()
         if self._process is not None:
             self._process.kill()
             self._process.join(5)
@@ -252,6 +260,21 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _termination_held_back() -> Iterator[None]:
+    """Let what is started here live through a SIGTERM that is sent to all processes of a run.
+
+    Containers, batch systems and `timeout` send it to a whole group. The learner saves and then ends its workers;
+    without them, or the fork server that tells when they end, what it saves would lack their episodes.
+    """
+    resource_tracker.ensure_running()  # its start would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

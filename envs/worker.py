@@ -184,6 +184,9 @@ def serve(connection: Connection, factories: bytes, environment: dict[str, str])
         environment: all variables; the fork server's are those of its first worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then closes us
+    # So is SIGTERM, held back so far; programs that we start (ffmpeg) do not inherit a handler.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import threading
 import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
-from agents.core.errors import UserError
+from agents.core.errors import UserError, is_full_disk
 from agents.core.settings import field_docs
 
 T = TypeVar("T")
@@ -96,24 +97,25 @@ class _Tuple(argparse.Action):
 def run_command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
     """Wrap a command: a user's mistake prints one line and exits with 2, ours keeps its traceback.
 
-    Errors of the user are exceptions with `exit_code`, whichever package raised them.
+    Errors that a person can mend are exceptions with `exit_code`, whichever package raised them, and a full disk.
     """
 
     def wrapped(argv: Sequence[str] | None = None) -> int:
         python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
+        python_hook, threading.excepthook = threading.excepthook, _tell_thread
         try:
             return main(argv) or 0
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         except Exception as error:
-            code = getattr(error, "exit_code", None)
+            code = UserError.exit_code if is_full_disk(error) else getattr(error, "exit_code", None)
             if code is None:
                 raise
             print(f"error: {error}", file=sys.stderr)
             return code
         finally:
-            warnings.formatwarning = python_format
+            warnings.formatwarning, threading.excepthook = python_format, python_hook
 
     wrapped.__doc__ = main.__doc__
     return wrapped
@@ -124,6 +126,12 @@ def _format_warning(message: Any, category: type[Warning], *place: Any, **line: 
     if category is UserWarning:
         return f"warning: {message}\n"
     return _python_format(message, category, *place, **line)
+
+
+def _tell_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print a thread's traceback, but no full disk: TensorBoard hands that on to the thread that writes to it."""
+    if failure.exc_value is None or not is_full_disk(failure.exc_value):
+        threading.__excepthook__(failure)
 
 
 _python_format = warnings.formatwarning

@@ -18,7 +18,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from agents.core.errors import UserError
-from experiments.runs import SCHEMA
+from agents.core.trees import check_schema
+from agents.policy import SCHEMA
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 
@@ -143,11 +144,7 @@ def read_run(path: Path) -> Run:
             f"'{config_path}' is not a run's configuration ({type(error).__name__}: {error}); "
             "leave this folder out or restore the file"
         ) from error
-    if schema != SCHEMA:
-        raise UserError(
-            f"'{config_path}' has schema {schema}, this version reads {SCHEMA}; "
-            "make the report with the version that trained the run"
-        )
+    check_schema(config_path, schema, SCHEMA)
     run = Run(path, agent, env_id, seed, config, {}, "")
     try:
         run.command = (path / "command.txt").read_text().strip()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.core.errors import DivergedError
 from agents.core.saliency import score_saliency
 from agents.core.seeding import spawn_seeds
 from envs.vector import VectorEnv
@@ -69,6 +70,9 @@ def run_episodes(
         record: keep the first environment's first episode as frames.
         look: where the agent looks, to be scored against the foreground at every tenth step.
         progress: called with the number of episodes that ended.
+
+    Raises:
+        DivergedError: a reward or an observation is not finite.
     """
     n = envs.num_envs
     quota = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
@@ -88,7 +92,8 @@ def run_episodes(
         if step % LOOK_EVERY == 0:
             looks.score(observation, action)
         step += 1
-        observation, _, _, _, info = envs.step(action)
+        observation, reward, _, _, info = envs.step(action)
+        _check_finite({"reward": reward, **_parts(observation)}, step)
         if "episode" not in info:
             succeeded = np.maximum(succeeded, info.get("success", 0.0))
             continue
@@ -154,6 +159,21 @@ def episode_seeds(seed: int, episodes: int) -> list[int]:
     entropy = spawn_seeds(seed)[1]["evaluation"]
     children = (np.random.SeedSequence(entropy, spawn_key=(i, 0)) for i in range(episodes))
     return [int(child.generate_state(1)[0]) for child in children]
+
+
+def _parts(observation: Any) -> dict[str, np.ndarray]:
+    return observation if isinstance(observation, dict) else {"observation": observation}
+
+
+def _check_finite(values: dict[str, np.ndarray], step: int) -> None:
+    """Name the first environment that gave a number of [N, ...] which is not finite."""
+    for name, value in values.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            env = int(np.argwhere(~np.isfinite(value))[0, 0])
+            bad = value[env][~np.isfinite(value[env])].flat[0]
+            raise DivergedError(
+                f"'{name}' is {bad} in environment {env} at step {step} of an evaluation; mend the task"
+            )
 
 
 def random_policy(envs: VectorEnv, seed: int) -> ActFunction:

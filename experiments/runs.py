@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -9,6 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,15 @@ from typing import Any
 import psutil
 import torch
 
-from agents.core.errors import UserError
+from agents.core.errors import UserError, full_disk_named
 from envs.rendering import gl_renderer
 from experiments.hardware import cpu_name
 
-SCHEMA = 1
-"""Version of config.json's layout."""
+LOCK = ".lock"
+"""File of a run folder that a training process holds locked."""
+
+BEGINNINGS = {"system.json", "command.txt", "system.json.tmp", "config.json.tmp"}
+"""What a process that is killed while it begins a run leaves behind."""
 
 _PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "dm_control", "metaworld", "safetensors")
 
@@ -35,20 +41,66 @@ def default_run_dir(agent: str, env: str, seed: int, root: Path = Path("runs")) 
     return folder
 
 
-def begin_run(folder: Path, config: dict[str, Any]) -> None:
-    """Create a run folder with config.json, command.txt and system.json.
+def make_run_dir(folder: Path) -> None:
+    """Create a folder for a new run.
 
     Raises:
-        UserError: the folder exists and is not empty, or cannot be written.
+        UserError: the folder exists and is not empty, or cannot be created.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"run folder '{folder}' exists; choose another --run-dir, or go on with --resume {folder}"
-        )
+    check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create run folder '{folder}': {error.strerror}") from error
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds something else than the first files of a run that never began.
+
+    Raises:
+        UserError: says so.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir() or {file.name for file in folder.iterdir()} - BEGINNINGS - {LOCK}:
+        raise UserError(
+            f"run folder '{folder}' exists; choose another --run-dir, or go on with --resume {folder}"
+        )
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Be the only process that trains in a run folder; others may read it.
+
+    The kernel holds the lock, and lets go of it however the process ends: a kill leaves nothing that would have to be
+    removed by hand. The file stays.
+
+    Raises:
+        UserError: another process trains there, or the folder cannot be written.
+    """
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"cannot write into run folder '{folder}': {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run folder '{folder}' is in use: another process trains in it; stop that one, or wait until it ends"
+            ) from None
+        except OSError:  # some network file systems know no locks; training there is no mistake
+            pass
+        yield
+
+
+def begin_run(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json, command.txt and system.json into a locked run folder.
+
+    Raises:
+        UserError: another run was begun in it meanwhile.
+    """
+    check_free(folder)
     task = config["env"]
     draws = task["observation"] != "state" and not task["id"].startswith("toy/")
     write_json(folder / "system.json", describe_system(gl=draws))
@@ -63,14 +115,19 @@ def abandon_run(folder: Path) -> None:
 
 def write_json(file: Path, content: Any) -> None:
     """Write JSON atomically, into a folder that is made when it is missing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w") as handle:
+    with full_disk_named(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(temporary, content)
+        temporary.replace(file)
+
+
+def _write_synced(file: Path, content: Any) -> None:
+    with file.open("w") as handle:
         json.dump(content, handle, indent=2)
         handle.write("\n")
         handle.flush()
         os.fsync(handle.fileno())
-    temporary.replace(file)
 
 
 def command_line() -> str:

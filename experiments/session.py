@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,10 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # A disk that is full says so once: the logger's last lines do not fit either.
+        with suppress(UserError) if kind else nullcontext():
+            self.close()
 
     def make_agent(self, seed: int) -> Agent:
         """Build an agent as the config says."""

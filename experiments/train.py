@@ -27,12 +27,19 @@ from agents.core.imports import import_modules, recorded_imports
 from agents.core.loops import LoopSettings
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import from_dict, to_dict
-from agents.policy import read_config
+from agents.policy import SCHEMA, read_config
 from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
 from experiments.imports import add_import_flag, import_for_run
-from experiments.runs import SCHEMA, abandon_run, begin_run, default_run_dir, write_json
+from experiments.runs import (
+    abandon_run,
+    begin_run,
+    default_run_dir,
+    lock_run,
+    make_run_dir,
+    write_json,
+)
 from experiments.session import Session
 from experiments.settings import (
     PRESETS,
@@ -198,6 +205,14 @@ def train(run: Path, config: dict[str, Any], *, resume: bool = False) -> None:
     loop = {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")}
     from_dict(LoopSettings, loop)  # reject bad values before anything is written
     if not resume:
+        make_run_dir(run)
+    with stop_on_signal() as stopped, lock_run(run):
+        _train(run, config, stopped, resume=resume)
+
+
+def _train(run: Path, config: dict[str, Any], stopped: Callable[[], bool], *, resume: bool) -> None:
+    """Train in a folder that no other process trains in."""
+    if not resume:
         begin_run(run, config)
     try:
         session = Session(run, config, resume=resume)
@@ -214,11 +229,11 @@ def train(run: Path, config: dict[str, Any], *, resume: bool = False) -> None:
                 f"{session.settings.steps:,} agent steps; give more --steps to go on"
             )
             return
-        session.settle_threads()
-        write_json(run / "config.json", config)  # before training: it holds after a kill too
-        print(session.estimate())
-        with stop_on_signal() as stopped:
-            session.train(stopped)
+        if not stopped():
+            session.settle_threads()
+            write_json(run / "config.json", config)  # before training: it holds after a kill too
+            print(session.estimate())
+        session.train(stopped)
     print(
         f"{'stopped' if stopped() else 'finished'} after {state.progress.agent_steps:,} agent steps = "
         f"{state.progress.env_frames:,} environment frames, {state.progress.gradient_updates:,} gradient "

@@ -19,7 +19,6 @@ the manifest did so are taken for what the run's config says they are.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -36,7 +35,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from agents.core.errors import UserError
+from agents.core.errors import UserError, is_full_disk
 from agents.core.replay import Replay
 from agents.core.trees import (
     SCHEMA,
@@ -158,7 +157,7 @@ class CheckpointStore:
                 shutil.rmtree(folder, ignore_errors=True)
                 for file in added:
                     file.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full_disk(error):
                 before = self.latest()
                 raise UserError(
                     f"the disk of '{self.folder}' is full: {name} was not written, the one before "

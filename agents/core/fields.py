@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from agents.core.errors import UserError
+from agents.core.errors import UserError, full_disk_named
 
 Storage = Literal["auto", "device", "ram", "mmap"]
 
@@ -130,15 +131,29 @@ def allocate(
     device: torch.device,
     directory: str | Path | None,
 ) -> Tensor:
-    """Return zeros [rows, *field.shape] in a storage; RAM and files are touched lazily."""
+    """Return zeros [rows, *field.shape] in a storage; RAM is touched lazily, files have their blocks at once."""
     shape = (rows, *field.shape)
     if storage == "device":
         return torch.zeros(shape, dtype=field.dtype, device=device)
     nbytes = rows * field.nbytes
     if storage == "mmap" and directory is not None:
         file = Path(directory) / f"{name}.bin"
-        column: np.ndarray = np.memmap(file, np.uint8, "w+", shape=(nbytes,))
-        file.unlink()  # the mapping keeps it alive as long as the process, and no longer
+        try:
+            _reserve(file, nbytes)
+            column: np.ndarray = np.memmap(file, np.uint8, "r+", shape=(nbytes,))
+        finally:
+            file.unlink()  # the mapping keeps it alive as long as the process, and no longer
     else:  # NumPy's zeros are touched lazily, torch's at once
         column = np.zeros(nbytes, np.uint8)
     return torch.from_numpy(column).view(field.dtype).view(shape)
+
+
+def _reserve(file: Path, nbytes: int) -> None:
+    """Make a file of zeros that owns its blocks.
+
+    Storing into a mapped file without them, on a disk that became full, ends the process by SIGBUS, without a word.
+    """
+    with full_disk_named(file.parent), file.open("wb") as handle:
+        handle.truncate(nbytes)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(handle.fileno(), 0, nbytes)

@@ -15,6 +15,8 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from agents.core.errors import full_disk_named
+
 COLUMNS = ("agent_steps", "env_frames", "gradient_updates", "wall_seconds", "tag", "value")
 
 
@@ -41,59 +43,63 @@ class Logger:
     Args:
         folder: the run folder.
         resume_from: drop what was logged after this many agent steps (the run was killed and goes on from there).
+
+    Raises:
+        UserError: here and in every method, when the disk is full.
     """
 
     def __init__(self, folder: Path, resume_from: int | None = None) -> None:
         self.file = folder / "metrics.csv"
-        if resume_from is not None and self.file.exists():
-            _truncate(self.file, resume_from)
-        new = not self.file.exists()
-        self._handle = self.file.open("a", newline="")
-        self._csv = csv.writer(self._handle)
-        if new:
-            self._csv.writerow(COLUMNS)
-        purge = None if resume_from is None else resume_from + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        with full_disk_named(folder):
+            if resume_from is not None and self.file.exists():
+                _truncate(self.file, resume_from)
+            self._handle = self.file.open("a", newline="")
+            self._csv = csv.writer(self._handle)
+            if not self._handle.tell():  # new, or of a run that was killed before its first line
+                self._csv.writerow(COLUMNS)
+            purge = None if resume_from is None else resume_from + 1
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def scalars(self, values: Mapping[str, float], progress: Progress) -> None:
         """Write scalars by tag."""
-        for tag, value in values.items():
-            self._csv.writerow(
-                [
-                    progress.agent_steps,
-                    progress.env_frames,
-                    progress.gradient_updates,
-                    f"{progress.wall_seconds:.2f}",
-                    tag,
-                    f"{value:.8g}",
-                ]
-            )
-            self._board.add_scalar(tag, value, progress.agent_steps)
+        counters = (progress.agent_steps, progress.env_frames, progress.gradient_updates)
+        wall = f"{progress.wall_seconds:.2f}"
+        with full_disk_named(self.file):
+            for tag, value in values.items():
+                self._csv.writerow([*counters, wall, tag, f"{value:.8g}"])
+                self._board.add_scalar(tag, value, progress.agent_steps)
 
     def images(self, pictures: Mapping[str, np.ndarray], progress: Progress) -> None:
         """Write pictures, uint8 [H, W, 3] by tag."""
-        for tag, picture in pictures.items():
-            self._board.add_image(tag, picture, progress.agent_steps, dataformats="HWC")
+        with full_disk_named(self.file):
+            for tag, picture in pictures.items():
+                self._board.add_image(tag, picture, progress.agent_steps, dataformats="HWC")
 
     def video(self, tag: str, frames: np.ndarray, progress: Progress, fps: int = 25) -> None:
         """Write a video, uint8 [T, H, W, 3], as an animated image."""
         summary = _gif_summary(tag, frames, fps)
         assert self._board.file_writer is not None
-        self._board.file_writer.add_summary(summary, progress.agent_steps, time.time())
+        with full_disk_named(self.file):
+            self._board.file_writer.add_summary(summary, progress.agent_steps, time.time())
 
     def text(self, tag: str, text: str) -> None:
         """Write markdown to TensorBoard."""
-        self._board.add_text(tag, text)
+        with full_disk_named(self.file):
+            self._board.add_text(tag, text)
 
     def flush(self) -> None:
         """Bring everything to disk."""
-        self._handle.flush()
-        self._board.flush()
+        with full_disk_named(self.file):
+            self._handle.flush()
+            self._board.flush()
 
     def close(self) -> None:
         """Flush and close."""
-        self._handle.close()
-        self._board.close()
+        with full_disk_named(self.file):
+            try:
+                self._handle.close()
+            finally:
+                self._board.close()
 
 
 def _truncate(file: Path, agent_steps: int) -> None:

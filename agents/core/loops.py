@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from agents.core.agent import Agent, as_observation
 from agents.core.checkpoints import CheckpointStore, save_tree
-from agents.core.errors import UserError
+from agents.core.errors import DivergedError, NotFiniteError, UserError
 from agents.core.logging import Logger, Progress
 from agents.core.replay import Replay
 
@@ -62,10 +63,6 @@ class LoopSettings:
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
 
 
-class DivergedError(RuntimeError):
-    """A loss, value or parameter is not finite; the message names it."""
-
-
 @dataclass
 class LoopState:
     """What the loop itself must remember between checkpoints."""
@@ -74,6 +71,7 @@ class LoopState:
     update_debt: float = 0.0
     best_return: float = -math.inf
     episodes: int = 0
+    dropped: int = 0  # transitions that were thrown away with a worker that died or hung
 
     def to_tree(self) -> dict[str, Any]:
         """Return the state as a tree."""
@@ -169,7 +167,19 @@ class OffPolicyLoop:
 
     def _reset(self, seed: int) -> None:
         self.observation, _ = self.envs.reset(seed=seed)
-        self.replay.start(self.observation)
+        with self._names_the_step():
+            self.replay.start(self.observation)
+
+    @contextmanager
+    def _names_the_step(self) -> Iterator[None]:
+        """Say at which step an environment gave what is not finite."""
+        try:
+            yield
+        except NotFiniteError as error:
+            raise DivergedError(
+                f"{error} at agent step {self.state.progress.agent_steps}; training stops, the last checkpoint is "
+                "kept (mend the task, or begin new episodes from there: --resume with --no-exact-resume)"
+            ) from error
 
     def _check_state(self) -> None:
         """Save and restore the environments' states once: without them the first checkpoint would fail, hours later.
@@ -266,15 +276,12 @@ class OffPolicyLoop:
         observation, reward, terminated, truncated, info = self.envs.step_wait()  # type: ignore[attr-defined]
         self._seconds["update"] += learned - sent
         self._seconds["environment"] += time.perf_counter() - learned + sent - clock
-        self.replay.add(
-            action,
-            reward,
-            terminated,
-            truncated,
-            observation,
-            info.get("final_obs"),
-            info.get("dropped"),
-        )
+        dropped = info.get("dropped")
+        with self._names_the_step():
+            self.replay.add(
+                action, reward, terminated, truncated, observation, info.get("final_obs"), dropped
+            )
+        self.state.dropped += 0 if dropped is None else int(np.sum(dropped))
         self.observation = observation
         progress.agent_steps += self.envs.num_envs
         progress.env_frames += self.envs.num_envs * self.action_repeat
@@ -361,6 +368,8 @@ class OffPolicyLoop:
             bar.set_postfix_str(f"return {values['train/episode_return']:.1f}")
         if failures := getattr(self.envs, "worker_failures", 0):
             values["environments/worker_failures"] = float(failures)
+        if self.state.dropped:
+            values["environments/dropped_transitions"] = float(self.state.dropped)
         self.logger.scalars(values, progress)
         self.logger.flush()
         if bar.disable:

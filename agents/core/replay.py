@@ -197,7 +197,8 @@ class Replay(Rows):
             int64 [N], the ids of the stored transitions, -1 where dropped.
 
         Raises:
-            ValueError: when something is not finite, or a final observation is missing.
+            NotFiniteError: when something is not finite; nothing is stored then.
+            ValueError: when a final observation is missing.
         """
         if not self._count.all():
             raise RuntimeError("Replay.add before Replay.start: give the first observations first")
@@ -212,7 +213,7 @@ class Replay(Rows):
             for name in self._fields
             if name not in self._observations
         }
-        check_finite(step)
+        check_finite(step, kept)
         ended = np.flatnonzero((terminated | truncated) & ~drop)
         fresh = np.flatnonzero(terminated | truncated | drop)
         rows = self._newest_frames(observation, np.arange(self.num_envs))
@@ -231,15 +232,17 @@ class Replay(Rows):
         self._append(np.arange(self.num_envs), rows, age)
         return np.where(drop, -1, head * self.num_envs + np.arange(self.num_envs))
 
-    def _newest_frames(self, observation: Any, envs: np.ndarray) -> dict[str, Tensor]:
-        """Return what of an observation [N, ...] is kept in the rows of `envs`."""
+    def _newest_frames(
+        self, observation: Any, rows_of: np.ndarray, envs: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """Return what is kept of some rows of an observation [M, ...], which are those of `envs`."""
         rows = {}
         for name, field in self._observations.items():
             values = np.asarray(_part(observation, name))
             if name in self._stacked:
                 values = values[:, -field.shape[0] :]
-            rows[name] = self._as_column(name, values[envs])
-        check_finite(rows)
+            rows[name] = self._as_column(name, values[rows_of])
+        check_finite(rows, rows_of if envs is None else envs)
         return rows
 
     def _final_rows(self, final: Any, ended: np.ndarray) -> dict[str, Tensor]:
@@ -255,7 +258,7 @@ class Replay(Rows):
                 name: np.stack([np.asarray(_part(final[env], name)) for env in ended])
                 for name in self._observations
             }
-            return self._newest_frames(parts, np.arange(len(ended)))
+            return self._newest_frames(parts, np.arange(len(ended)), ended)
         return self._newest_frames(final, ended)
 
     def _check_first(self, observation: Any, envs: np.ndarray) -> None:

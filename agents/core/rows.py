@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.core.errors import UserError
+from agents.core.errors import NotFiniteError, UserError
 from agents.core.fields import Field, Storage, allocate
 
 OLDEST_AGE = 255
@@ -257,12 +257,19 @@ def _bytes(values: Tensor, row_bytes: int) -> np.ndarray:
     return values.contiguous().view(-1).view(torch.uint8).view(-1, row_bytes).numpy()
 
 
-def check_finite(rows: Mapping[str, Tensor]) -> None:
-    """Refuse what is not finite, by name, where it enters."""
+def check_finite(rows: Mapping[str, Tensor], envs: np.ndarray | None = None) -> None:
+    """Refuse what is not finite, by name, where it enters.
+
+    Args:
+        rows: name -> [M, ...].
+        envs: int64 [M], the environment of each row, to be named too.
+
+    Raises:
+        NotFiniteError: names field, value and environment.
+    """
     for name, values in rows.items():
         if values.is_floating_point() and not (finite := torch.isfinite(values)).all():
             bad = values[~finite][0].item()
-            raise ValueError(
-                f"'{name}' is {bad} in this step; the replay takes finite numbers only: find out "
-                "where the environment or the agent diverged"
-            )
+            row = int((~finite).nonzero()[0, 0])
+            where = "" if envs is None else f" in environment {envs[row]}"
+            raise NotFiniteError(f"'{name}' is {bad}{where}")

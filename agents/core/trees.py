@@ -60,7 +60,7 @@ def load_tree(folder: str | Path, name: str) -> Any:
 
     Raises:
         DamagedFileError: when a file is not whole.
-        UserError: when the files are of a newer version.
+        UserError: when the files are of another version.
     """
     head_path = Path(folder) / f"{name}.json"
     head = read_json(head_path)
@@ -108,12 +108,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one of our JSON files: an object that says its schema version."""
     try:
         head = json.loads(read_file(path, None, None))
-        schema = head["schema"]
+        schema = int(head["schema"])
     except (ValueError, KeyError, TypeError):
         raise DamagedFileError(path, "it is no whole JSON object") from None
-    if schema > SCHEMA:
-        raise UserError(f"'{path}' has schema {schema}, this version reads {SCHEMA}: upgrade")
+    check_schema(path, schema, SCHEMA)
     return head
+
+
+def check_schema(path: Path, schema: Any, ours: int) -> None:
+    """Refuse a file of another layout than this version reads.
+
+    Raises:
+        UserError: says whether the file is older or newer, and what to do.
+    """
+    if schema == ours:
+        return
+    if isinstance(schema, int) and schema < ours:
+        what = "use the version that wrote it (system.json of the run names its commit)"
+    else:
+        what = "upgrade"
+    raise UserError(f"'{path}' has schema {schema}, this version reads {ours}: {what}")
 
 
 # ------------------------------------------------------------------------------------- encoding
