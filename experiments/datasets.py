@@ -159,7 +159,8 @@ def new_path(root: Path, dataset: str) -> Path:
         parse_dataset_id(dataset)
     except (ValueError, TypeError):  # TypeError where the version is missing
         raise UserError(
-            f"'{dataset}' is no dataset id; give one of the form name-v0 or namespace/name-v0"
+            f"'{dataset}' is no dataset id; give one of the form name-v0 or namespace/name-v0, "
+            "of letters, digits, - and _, the namespace of at least two"
         ) from None
     path = root / dataset
     if path.exists():
