@@ -57,8 +57,8 @@ figure { margin: .8rem 0 1.2rem; }
 caption { text-align: left; caption-side: top; padding: 0 0 .35rem; color: #222; font-weight: 600; }
 .under { font-size: .82rem; color: #555; margin: -.2rem 0 1rem; }
 figure > img.plot { width: 100%; max-width: 54rem; height: auto; display: block; }
-.media { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .9rem; }
-.media figure { margin: 0; }
+.media { display: flex; flex-wrap: wrap; gap: .9rem; }
+.media figure { margin: 0; flex: 1 1 13rem; max-width: 24rem; }
 .media img, .media video { width: 100%; height: auto; display: block; background: #eee;
   image-rendering: pixelated; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
@@ -129,7 +129,7 @@ def _table(table: Table) -> str:
     for first, *rest in table.rows:
         cells = "".join(f"<td{wide}>{_cell(cell)}</td>" for cell in rest)
         body.append(f"<tr><th>{_cell(first)}</th>{cells}</tr>")
-    notes = " ".join(escape(note) for note in table.notes)
+    notes = "<br>".join(escape(note) for note in table.notes)
     kind = "scroll runs" if table.name == "runs" else "scroll"
     return (
         f'<div class="{kind}"><table><caption>{escape(table.caption)}</caption>'

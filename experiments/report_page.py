@@ -52,6 +52,12 @@ METHOD = (
 )
 
 
+OPEN_MARKERS = (
+    " Open markers: published, same protocol and rendering, at their own budget; bars are standard "
+    "deviations."
+)
+
+
 @dataclass(frozen=True)
 class Contents:
     """Everything that a page is made of."""
@@ -169,6 +175,8 @@ def _figure(
 
 def _task(contents: Contents, env_id: str) -> Iterable[Block]:
     summary, name = contents.summary, slug(env_id)
+    published = any(not c.differences for c in contents.comparisons[env_id])
+    comparable = any(c.comparable for c in contents.comparisons[env_id])
     yield Heading(env_id, 2)
     yield Heading("Learning curves", 3)
     yield from _figure(
@@ -176,8 +184,9 @@ def _task(contents: Contents, env_id: str) -> Iterable[Block]:
         f"curves_{name}.png",
         f"Learning curves on {env_id}",
         f"Line: {contents.statistic} over seeds; band: its 95 % bootstrap interval; n: seeds. "
-        "Seeds that logged at different steps are averaged in sixtieths of the run. Open markers: "
-        "published end points of the same protocol and rendering; their bars are standard deviations.",
+        "Seeds that logged at different steps are averaged in sixtieths of the run."
+        + OPEN_MARKERS
+        * published,
         "No returns were logged, so there are no learning curves.",
     )
     tag = efficiency_tag(run for group in summary.of(env_id) for run in group.runs)
@@ -198,8 +207,7 @@ def _task(contents: Contents, env_id: str) -> Iterable[Block]:
         f"generalization_{name}.png",
         f"Return under each distraction on {env_id}",
         "Mean return with its 95 % interval over n seeds (n = 1: over its episodes); grey: the "
-        "random policy. Open markers: published, same protocol, rendering and budget; their bars are "
-        "standard deviations.",
+        "random policy." + OPEN_MARKERS * comparable,
         "No run was evaluated.",
     )
     yield from published_tables(summary, env_id, contents.comparisons[env_id])

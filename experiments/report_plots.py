@@ -110,10 +110,16 @@ def efficiency(summary: Summary, env_id: str, statistic: Statistic) -> bytes | N
         axes.set_ylabel("return per episode")
         if env_id in summary.random:
             _random_line(axes, summary.random[env_id].mean)
+        apart = []
         for group in summary.of(env_id):
             line = curve(group.runs, tag, statistic, axis)
             if line is not None:
                 _band(axes, _label(group, line.seeds), style(summary, group.agent), line)
+            elif any(tag in run.series for run in group.runs):
+                apart.append(group.agent)
+        if apart:
+            text = f"not drawn, seeds share no range: {', '.join(apart)}"
+            axes.text(0.02, 0.97, text, transform=axes.transAxes, va="top", fontsize=7)
 
     return _grid(list(AXES), "", draw)
 

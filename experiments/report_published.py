@@ -21,7 +21,7 @@ from pathlib import Path
 
 from agents.core.errors import UserError
 from envs import PROTOCOLS
-from experiments.report_blocks import Cell, Table, cells, limits, slug
+from experiments.report_blocks import Cell, Table, cells, limits, number, slug
 from experiments.report_runs import Run
 from experiments.report_scores import CLEAN, Group, Summary, in_order
 from experiments.report_tables import flag, joined, learned_notes
@@ -171,7 +171,7 @@ def beside(comparisons: Sequence[Comparison], group: Group, distraction: str) ->
 def published_tables(
     summary: Summary, env_id: str, comparisons: Sequence[Comparison]
 ) -> list[Table]:
-    """Return the comparable published numbers, then the others with what differs."""
+    """Return the comparable published numbers under our own, then the others with what differs."""
     learned = learned_notes(summary.of(env_id))
     comparable = [c for c in comparisons if c.comparable]
     others = [c for c in comparisons if not c.comparable]
@@ -181,69 +181,70 @@ def published_tables(
             f"Published numbers on {env_id}, same protocol, rendering and budget: mean ± standard "
             "deviation; ours: mean and 95 % interval."
         )
-        notes = (REDRAWN, *learned)
-        table = _table(f"published-{slug(env_id)}", caption, comparable, notes)
-        tables.append(replace(table, rows=[*_own_rows(summary, env_id, comparable), *table.rows]))
+        table = _table(f"published-{slug(env_id)}", caption, comparable)
+        rows = [*_own_rows(summary, env_id, table.head[1:-3]), *table.rows]
+        tables.append(replace(table, rows=rows, notes=(*table.notes, REDRAWN, *learned)))
     if others:
         caption = (
             f"Published on {env_id}, other protocol, renderer or budget: not comparable with the "
             "numbers of this report."
         )
-        tables.append(
-            _table(f"published-other-{slug(env_id)}", caption, others, learned, differs=True)
-        )
+        table = _table(f"published-other-{slug(env_id)}", caption, others)
+        tables.append(replace(table, notes=(*table.notes, *learned)))
     return tables
 
 
-def _own_rows(summary: Summary, env_id: str, comparable: Sequence[Comparison]) -> list[list[Cell]]:
-    """Return our agents under the distractions that have comparable numbers, in the same columns."""
+def _own_rows(summary: Summary, env_id: str, names: Sequence[str]) -> list[list[Cell]]:
+    """Return our agents in the columns of `_table`."""
     rows = []
-    for name in in_order({comparison.row.distraction for comparison in comparable}):
-        for group in summary.of(env_id):
-            score = group.scores.get(name)
-            if score is None:
-                continue
-            row = next(c.row for c in comparable if c.row.distraction == name)
-            texts = [
-                name,
-                f"{score.mean:.0f} {limits(score.low, score.high, 100)}",
-                str(score.runs),
-                f"{row.agent_steps:,}",
-                f"{row.protocol}, action repeat {row.action_repeat}",
-                joined(run.system.get("gl_renderer") for run in group.runs),
-                "this report",
-            ]
-            rows.append([Cell(group.agent, flag=flag(group)), *cells(texts)])
+    for group in summary.of(env_id):
+        found = [group.scores.get(name) for name in names]
+        scores = [
+            Cell(number(s.mean, 100), limits(s.low, s.high, 100)) if s else Cell("–") for s in found
+        ]
+        seeds = max((score.runs for score in found if score), default=0)
+        steps = joined(f"{r.evaluation.agent_steps:,}" for r in group.runs if r.evaluation)
+        how = f"this report, {joined(run.system.get('gl_renderer') for run in group.runs)}"
+        agent = Cell(group.agent, flag=flag(group))
+        rows.append([agent, *scores, *cells([str(seeds), steps, how])])
     return rows
 
 
-def _table(
-    name: str,
-    caption: str,
-    comparisons: Sequence[Comparison],
-    notes: tuple[str, ...],
-    *,
-    differs: bool = False,
-) -> Table:
-    sources = list(dict.fromkeys(c.row.source for c in comparisons))
-    rows = []
+def _table(name: str, caption: str, comparisons: Sequence[Comparison]) -> Table:
+    """Return published numbers, a row per method and source; where they are from is in the notes."""
+    names = in_order({c.row.distraction for c in comparisons})
+    origins = list(dict.fromkeys(map(_origin, comparisons)))
+    rows: dict[tuple[str, str, int, str], dict[str, Published]] = {}
     for comparison in comparisons:
         row = comparison.row
-        spread = "" if row.std is None else f" ± {row.std:.0f}"
-        texts = [
-            row.distraction,
-            f"{row.mean:.0f}{spread}",
-            row.seeds or "not said",
-            f"{row.agent_steps:,}",
-            f"{row.protocol}, action repeat {row.action_repeat}",
-            row.renderer,
-            str(1 + sources.index(row.source)) + (f"; {row.remark}" if row.remark else ""),
-        ]
-        if differs:
-            budget = (f"trained for {comparison.budget} agent steps",) if comparison.budget else ()
-            texts.append("; ".join((*comparison.differences, *budget)))
-        rows.append([Cell(row.agent), *cells(texts)])
-    head = ["agent", "distraction", "return", "seeds", "agent steps", "protocol"]
-    head += ["renderer", "source", *(["our runs have"] if differs else [])]
-    listed = tuple(f"{number}: {source}." for number, source in enumerate(sources, 1))
-    return Table(name, caption, head, rows, (*listed, *notes), wide=True)
+        key = (row.agent, row.seeds, row.agent_steps, _origin(comparison))
+        rows.setdefault(key, {})[row.distraction] = row
+    body = []
+    for (agent, seeds, steps, origin), found in rows.items():
+        scores = [_score(found.get(name)) for name in names]
+        cost = [seeds or "not said", f"{steps:,}", f"published, {origins.index(origin) + 1}"]
+        body.append(cells([agent, *scores, *cost]))
+    head = ["agent", *names, "seeds", "agent steps", "source"]
+    notes = tuple(f"{place}: {origin}." for place, origin in enumerate(origins, 1))
+    return Table(name, caption, head, body, notes)
+
+
+def _origin(comparison: Comparison) -> str:
+    """Return where a number is from, how it was made, and what our runs have instead."""
+    row = comparison.row
+    parts = [
+        row.source,
+        f"protocol {row.protocol}, action repeat {row.action_repeat}",
+        f"renderer: {row.renderer}",
+        *([row.remark] if row.remark else []),
+    ]
+    ours = list(comparison.differences)
+    if comparison.budget:
+        ours.append(f"{comparison.budget} agent steps")
+    return "; ".join([*parts, *([f"our runs have {', '.join(ours)}"] if ours else [])])
+
+
+def _score(row: Published | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row.mean:.0f}" + ("" if row.std is None else f" ± {row.std:.0f}")

@@ -98,11 +98,15 @@ def test_same_protocol_rendering_and_budget_is_comparable(make_run: MakeRun) -> 
     table, others = published_tables(summary, WALKER, found)
     assert COMPARABLE in table.caption
     assert "not comparable" in others.caption
-    own = [row for row in table.rows if row[-1].text == "this report"]
-    assert [(row[0].text, row[1].text, row[2].text) for row in own] == [
-        ("svea", "color_hard", "650 [600, 700]"),
-        ("svea", "video_hard", "650 [600, 700]"),
-    ]
+    assert table.head == ["agent", "color_hard", "video_hard", "seeds", "agent steps", "source"]
+    own, *published = table.rows
+    assert own[0].text == "svea"
+    assert [(cell.text, cell.aside) for cell in own[1:3]] == [("650", "[600, 700]")] * 2
+    assert [cell.text for cell in own[3:]] == ["1", "500,000", "this report, llvmpipe"]
+    sgqn = [[cell.text for cell in row] for row in published if row[0].text == "SGQN"]
+    assert ["SGQN", "–", "739 ± 21", "not said", "500,000", "published, 2"] in sgqn
+    assert table.notes[1].startswith("2: SGQN, Bertoin et al. 2022")
+    assert "renderer: reference (GPU" in table.notes[1]
 
 
 @pytest.mark.parametrize(
@@ -131,10 +135,13 @@ def test_any_departure_sets_published_numbers_apart(
     tables = published_tables(summary, WALKER, found)
     assert [table.name for table in tables] == ["published-other-dmc-walker-walk"]
     assert "not comparable" in tables[0].caption
-    assert all(reason in row[-1].text for row in tables[0].rows if "dmc-gb," in row[5].text)
+    notes = [note for note in tables[0].notes if "; protocol dmc-gb," in note]
+    assert notes
+    assert all(reason in note for note in notes)
     shown = text_of(build_report([run], tmp_path / "out"))
     assert reason in shown
     assert COMPARABLE not in shown
+    assert "Open markers" not in shown
 
 
 def test_one_run_of_another_renderer_is_enough_to_set_them_apart(
@@ -158,7 +165,7 @@ def test_a_smaller_budget_shows_end_points_at_their_own_steps_only(make_run: Mak
     assert {c.row.agent for c in ends} == {"SVEA (conv)", "SVEA (overlay)"}
     assert not any(c.comparable for c in ends)
     other = published_tables(summary, WALKER, found)[0]
-    assert "trained for 20,000 agent steps" in other.rows[0][-1].text
+    assert "our runs have 20,000 agent steps" in other.notes[0]
 
 
 @pytest.mark.usefixtures("drawn")
