@@ -23,7 +23,7 @@ from PIL import Image
 
 from envs.rendering import Quality, choose_backend, resolve_quality
 from wrappers.errors import UserError
-from wrappers.view import Layers, Part
+from wrappers.view import CameraPlace, CameraShift, Layers, Lighting, Palette, Part
 
 choose_backend()
 
@@ -62,14 +62,33 @@ class FrameView:
         """Return that everything counts as foreground, bool [H, W]."""
         return np.ones((self.height, self.width), bool)
 
-    def colors(self) -> dict[str, np.ndarray]:
+    def colors(self, palette: Palette = "scene") -> dict[str, np.ndarray]:
         """Return that no color can be set."""
         return {}
 
-    def set_colors(self, colors: Mapping[str, np.ndarray]) -> None:
+    def set_colors(self, colors: Mapping[str, np.ndarray], palette: Palette = "scene") -> None:
         """Refuse any color."""
         for slot in colors:
             raise UserError.unknown("color slot", slot, ())
+
+    def surfaces(self) -> tuple[str, ...]:
+        """Return that nothing can be covered."""
+        return ()
+
+    def set_textures(self, textures: Mapping[str, np.ndarray]) -> None:
+        """Refuse any texture."""
+        for slot in textures:
+            raise UserError.unknown("texture slot", slot, ())
+
+    def camera(self) -> CameraPlace | None:
+        """Return that there is no camera."""
+        return None
+
+    def set_camera(self, shift: CameraShift | None) -> None:
+        """Do nothing: there is no camera."""
+
+    def set_lights(self, lighting: Lighting | None) -> None:
+        """Do nothing: there are no lights."""
 
     def close(self) -> None:
         """Do nothing: the task frees its window itself."""

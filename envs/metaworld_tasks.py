@@ -26,6 +26,7 @@ import numpy as np
 
 from envs.rendering import Quality, choose_backend, resolve_quality
 from wrappers.errors import UserError
+from wrappers.view import Part
 
 choose_backend()
 
@@ -34,7 +35,7 @@ import mujoco  # noqa: E402
 
 from envs import snapshot  # noqa: E402
 from envs.mujoco_view import MujocoView, find_camera  # noqa: E402
-from envs.scenery import Scenery, find_scenery, flat_paint  # noqa: E402
+from envs.scenery import Scenery, find_scenery, find_surfaces, flat_paint, object_paints  # noqa: E402
 
 VERSION = "-v3"
 _MODEL_ARRAYS = ("body_pos", "site_pos")
@@ -50,12 +51,21 @@ def task_names() -> tuple[str, ...]:
 
 
 def metaworld_scenery(model: mujoco.MjModel) -> Scenery:
-    """Find the background: floor, sky, and the metal walls around the table, which itself stays."""
+    """Find the background: floor, sky, and the metal walls around the table, which itself stays.
+
+    Objects are the table and whatever else is neither background nor robot, fixed or not.
+    """
     scenery = find_scenery(model)
     bodies = model.geom_bodyid.tolist()
     walls = [geom for geom, body in enumerate(bodies) if model.body(body).name == "RetainingWall"]
     paints = {"walls": flat_paint(model, walls)} if walls else {}
-    return Scenery({**scenery.geoms, "walls": walls}, {**scenery.paints, **paints})
+    geoms: dict[Part, list[int]] = {**scenery.geoms, "walls": walls}  # type: ignore[dict-item]
+    robot = int(model.body_rootid[model.body("hand").id])
+    others = {0, robot, *(bodies[geom] for geom in walls)}
+    objects = object_paints(model, set(model.body_rootid.tolist()) - others)
+    objects = {slot.replace("tablelink", "table"): paint for slot, paint in objects.items()}
+    surfaces = find_surfaces(model, {**geoms, **{name: o.geoms for name, o in objects.items()}})
+    return Scenery(geoms, {**scenery.paints, **paints}, scenery.materials, objects, surfaces)
 
 
 class MetaWorldTask(gymnasium.Env):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import mujoco
 import numpy as np
 
+from envs.mujoco_changes import Changes
 from envs.rendering import Quality, Renderer
-from envs.scenery import STAR_SKIES, Scenery, find_scenery
+from envs.scenery import Scenery, find_scenery
 from wrappers.errors import UserError
-from wrappers.view import Layers, Part
+from wrappers.view import CameraPlace, CameraShift, Layers, Lighting, Palette, Part
 
 Simulation = tuple[mujoco.MjModel, mujoco.MjData]
 
@@ -20,8 +20,8 @@ class MujocoView:
     """One camera at one size onto one MuJoCo simulation; implements `wrappers.view.View`.
 
     The simulation is asked for anew at every render, so a task may rebuild its model between two. A
-    view leaves the model as it found it: parts are hidden and colors changed only while a scene is
-    taken. GL is not touched before the first render.
+    view leaves the model as it found it, see `envs.mujoco_changes`. GL is not touched before the
+    first render.
     """
 
     def __init__(
@@ -51,8 +51,7 @@ class MujocoView:
         self._simulation, self._find_scenery = simulation, scenery
         self._camera_name, self._upside_down = camera, upside_down
         self._renderer: Renderer | None = None
-        self._repainted: dict[str, np.ndarray] = {}
-        self._uploaded: dict[int, dict[str, bytes]] = {}
+        self._changes = Changes()
         self._look_at(simulation()[0])
 
     @property
@@ -125,29 +124,47 @@ class MujocoView:
         """Return the background parts of which at least one pixel is seen now."""
         return frozenset(part for part in self.parts if self._shown_parts(frozenset((part,))).any())
 
-    def colors(self) -> dict[str, np.ndarray]:
-        """Return the scene's colors by slot, float64 [3] in [0, 1], as the simulator ships them."""
-        return {slot: paint.color.copy() for slot, paint in self._scenery.paints.items()}
+    def colors(self, palette: Palette = "scene") -> dict[str, np.ndarray]:
+        """Return the palette's colors by slot, float64 [3] in [0, 1], as the simulator ships them."""
+        paints = self._scenery.palette(palette)
+        return {slot: paint.color.copy() for slot, paint in paints.items()}
 
-    def set_colors(self, colors: Mapping[str, np.ndarray]) -> None:
+    def set_colors(self, colors: Mapping[str, np.ndarray], palette: Palette = "scene") -> None:
         """Repaint the given slots until the next call; the others return to their own colors."""
-        for slot in colors:
-            if slot not in self._scenery.paints:
-                raise UserError.unknown("color slot", slot, self._scenery.paints)
-        self._repainted = {slot: np.array(color, np.float64) for slot, color in colors.items()}
+        self._changes.set_colors(colors, palette)
+
+    def surfaces(self) -> tuple[str, ...]:
+        """Return the slots that can show another texture."""
+        return tuple(self._scenery.surfaces)
+
+    def set_textures(self, textures: Mapping[str, np.ndarray]) -> None:
+        """Cover the given slots with uint8 [S, S, 3] until the next call."""
+        self._changes.set_textures(textures)
+
+    def camera(self) -> CameraPlace:
+        """Return where the camera stands in the model's own pose."""
+        return self._changes.place(self._camera)
+
+    def set_camera(self, shift: CameraShift | None) -> None:
+        """Displace the camera until the next call; None puts it back."""
+        self._changes.camera = shift
+
+    def set_lights(self, lighting: Lighting | None) -> None:
+        """Change the lights until the next call; None leaves them as the model has them."""
+        self._changes.lighting = lighting
 
     def close(self) -> None:
         """Free what the view holds in GL; the next render would make it anew."""
         if self._renderer is not None:
             self._renderer.close()
-        self._renderer, self._uploaded = None, {}
+        self._renderer = None
+        self._changes.forget_uploads()
 
     def _look_at(self, model: mujoco.MjModel) -> None:
         self.close()
         self._model, self._scenery = model, self._find_scenery(model)
         self._camera = find_camera(model, self._camera_name)
-        paints = self._scenery.paints
-        self._repainted = {slot: rgb for slot, rgb in self._repainted.items() if slot in paints}
+        self._changes.look_at(model, self._scenery)
 
     def _scene(self, hidden: frozenset[Part] = frozenset()) -> Renderer:
         """Return the renderer with the simulation's current scene in it."""
@@ -156,64 +173,13 @@ class MujocoView:
             self._look_at(model)
         if self._renderer is None:
             self._renderer = Renderer(model, self.height, self.width, quality=self.quality)
-        self._upload_textures(self._renderer)
-        sky = mujoco.mjtRndFlag.mjRND_SKYBOX
-        self._renderer.scene.flags[sky] = "sky" not in hidden
-        with self._dressed(hidden):
+        self._changes.upload(self._renderer)
+        scene = self._renderer.scene
+        scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = "sky" not in hidden
+        with self._changes.dressed(hidden):
             self._renderer.update(data, self._camera)
+        self._changes.adjust(scene, self._camera)
         return self._renderer
-
-    @contextmanager
-    def _dressed(self, hidden: frozenset[Part]) -> Iterator[None]:
-        """Hide parts and paint materials in the model for as long as a scene is taken from it."""
-        model = self._model
-        changes: list[tuple[np.ndarray, Sequence[int], object]] = []
-        for part in hidden - {"sky"}:
-            # MuJoCo shows groups 0 to 2 unless told otherwise.
-            changes.append((model.geom_group, self._scenery.geoms.get(part, ()), 5))
-        for slot, color in self._repainted.items():
-            paint = self._scenery.paints[slot]
-            changes.append((model.mat_rgba[:, :3], paint.materials, color))
-            changes.append((model.geom_rgba[:, :3], paint.geoms, color))
-        changes = [(array, list(ids), value) for array, ids, value in changes if len(ids)]
-        kept = [array[ids] for array, ids, _ in changes]
-        try:
-            for array, ids, value in changes:
-                array[ids] = value
-            yield
-        finally:
-            for (array, ids, _), values in zip(changes, kept, strict=True):
-                array[ids] = values
-
-    def _upload_textures(self, renderer: Renderer) -> None:
-        """Bring GL's textures in line with the colors that were set."""
-        wanted: dict[int, dict[str, np.ndarray]] = {}
-        for slot, paint in self._scenery.paints.items():
-            if paint.texture >= 0:
-                slots = wanted.setdefault(paint.texture, {})
-                if slot in self._repainted:
-                    slots[slot] = self._repainted[slot]
-        for texture, slots in wanted.items():
-            key = {slot: color.tobytes() for slot, color in slots.items()}
-            if self._uploaded.get(texture, {}) != key:
-                renderer.upload_texture(texture, self._repaint(renderer.texels(texture), slots))
-                self._uploaded[texture] = key
-
-    def _repaint(self, texels: np.ndarray, colors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return texels with the slots' own colors replaced by `colors`."""
-        repainted = texels.copy()
-        for slot, color in colors.items():
-            old, new = _bytes(self._scenery.paints[slot].color), _bytes(color)
-            if slot == "sky":
-                # A gradient that ends in black: scale what is not a star.
-                for channel in range(3):
-                    table = (np.arange(256) * (new[channel] / max(1, old[channel]))).clip(0, 255)
-                    if old.max() < STAR_SKIES:
-                        table[255] = 255
-                    repainted[..., channel] = table.round().astype(np.uint8)[texels[..., channel]]
-            else:
-                repainted[(texels == old).all(-1)] = new
-        return repainted
 
     def _shown_parts(self, parts: frozenset[Part]) -> np.ndarray:
         """Return the pixels that show any of `parts`, bool [H, W]."""
@@ -276,7 +242,3 @@ def _add_backdrop(scene: mujoco.MjvScene) -> None:
     )
     geom.emission = 1
     scene.ngeom += 1
-
-
-def _bytes(color: np.ndarray) -> np.ndarray:
-    return (np.clip(color, 0, 1) * 255).round().astype(np.uint8)

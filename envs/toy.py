@@ -15,130 +15,13 @@ Mean undiscounted returns over 2000 episodes, for the thresholds of learning tes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 
+from envs.toy_view import Body, ToyView
 from wrappers.errors import UserError
-from wrappers.view import Layers, Part
-
-HORIZON = -0.1
-"""Height of the line between sky and floor. Scenes span [-1, 1] in both directions, y points up."""
-
-# The defaults of dm_control's suite, so that color distractions mean the same here.
-COLORS = {
-    "grid1": np.array([0.1, 0.2, 0.3]),
-    "grid2": np.array([0.2, 0.3, 0.4]),
-    "self": np.array([0.7, 0.5, 0.3]),
-    "sky": np.array([0.4, 0.6, 0.8]),
-}
-TARGET = np.array([0.9, 0.2, 0.2])
-"""Color of what is to be reached: never repainted, so that the picture always tells the task."""
-
-
-class Body(NamedTuple):
-    """A disc of radius `width / 2`, or an upright box, in front of the background."""
-
-    shape: Literal["disc", "box"]
-    x: float
-    y: float
-    width: float
-    height: float
-    is_target: bool = False
-
-
-class ToyView:
-    """A `wrappers.view.View` of a toy task, anti-aliased: positions show to less than a pixel."""
-
-    parts: frozenset[Part] = frozenset(("sky", "floor"))
-
-    def __init__(self, task: ToyTask, height: int, width: int) -> None:
-        self.height, self.width = height, width
-        self._task = task
-        self._pixels_per_unit = min(height, width) / 2
-        x = (np.arange(width) + 0.5) * (2 / width) - 1
-        y = 1 - (np.arange(height) + 0.5) * (2 / height)
-        self._x, self._y = x.astype(np.float32), y.astype(np.float32)[:, None]
-        self._is_sky = self._y > HORIZON
-        self._cell = max(1, min(height, width) // 6)
-        self.set_colors({})
-
-    def render(self) -> np.ndarray:
-        """Return the picture, uint8 [H, W, 3]."""
-        return _rgb(self._draw(frozenset())[0])
-
-    def render_layers(self, hidden: frozenset[Part]) -> Layers:
-        """Return the picture without the `hidden` parts, and how far they would show."""
-        picture, clear = self._draw(hidden)
-        coverage = clear * self._rows(hidden)
-        # Bodies were drawn onto black: what shines through their edges is taken out of them again.
-        return Layers(_rgb(picture / np.maximum(1 - coverage, 1e-6)), coverage)
-
-    def foreground(self) -> np.ndarray:
-        """Return where bodies fill at least half of the pixel, bool [H, W]."""
-        return self._draw(frozenset())[1] <= 0.5
-
-    def colors(self) -> dict[str, np.ndarray]:
-        """Return the default colors by slot, float64 [3]."""
-        return {slot: color.copy() for slot, color in COLORS.items()}
-
-    def set_colors(self, colors: Mapping[str, np.ndarray]) -> None:
-        """Repaint the given slots; the others return to their defaults."""
-        for slot in set(colors) - set(COLORS):
-            raise UserError.unknown("color slot", slot, COLORS)
-        self._colors = {**COLORS, **colors}
-        self._backgrounds: dict[frozenset[Part], np.ndarray] = {}
-
-    def close(self) -> None:
-        """Do nothing: there is nothing to free."""
-
-    def _rows(self, parts: frozenset[Part]) -> np.ndarray:
-        """Return which rows show one of the `parts`, bool [H, 1]."""
-        return (self._is_sky & ("sky" in parts)) | (~self._is_sky & ("floor" in parts))
-
-    def _background(self, hidden: frozenset[Part]) -> np.ndarray:
-        """Return sky and floor, float32 [3, H, W + a period of the checkers], 0 if `hidden`."""
-        if hidden not in self._backgrounds:
-            row, column = np.ogrid[: self.height, : self.width + 2 * self._cell]
-            is_odd = (row // self._cell + column // self._cell) % 2 == 1
-            grid1, grid2, sky = (
-                (255 * self._colors[slot])[:, None, None] for slot in ("grid1", "grid2", "sky")
-            )
-            scene = np.where(self._is_sky, sky, np.where(is_odd, grid1, grid2))
-            self._backgrounds[hidden] = (scene * ~self._rows(hidden)).astype(np.float32)
-        return self._backgrounds[hidden]
-
-    def _draw(self, hidden: frozenset[Part]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the picture, float32 [3, H, W], and how far no body covers it, float32 [H, W]."""
-        start = int(self._task.drifted * self.width / 2) % (2 * self._cell)
-        frame = self._background(hidden)[:, :, start : start + self.width]
-        clear = np.ones((self.height, self.width), np.float32)
-        for body in self._task.bodies():
-            alpha = self._alpha(body)
-            color = 255 * (TARGET if body.is_target else self._colors["self"])
-            beside = 1 - alpha
-            frame = frame * beside + alpha * color.astype(np.float32)[:, None, None]
-            clear *= beside
-        return frame, clear
-
-    def _alpha(self, body: Body) -> np.ndarray:
-        """Return how much of each pixel the body fills, float32 [H, W]."""
-        scale = self._pixels_per_unit
-        x, y = self._x - np.float32(body.x), self._y - np.float32(body.y)
-        if body.shape == "disc":
-            inside = (0.5 + scale * body.width / 2) - scale * np.sqrt(x * x + y * y)
-            return inside.clip(0, 1)
-        inside_x = (0.5 + scale * body.width / 2) - scale * np.abs(x)
-        inside_y = (0.5 + scale * body.height / 2) - scale * np.abs(y)
-        return inside_x.clip(0, 1) * inside_y.clip(0, 1)
-
-
-def _rgb(planes: np.ndarray) -> np.ndarray:
-    """Return float32 [3, H, W] in [0, 255] as uint8 [H, W, 3]."""
-    rounded = (planes + np.float32(0.5)).astype(np.uint8)
-    return np.ascontiguousarray(rounded.transpose(1, 2, 0))
 
 
 class ToyTask(gymnasium.Env):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from wrappers.view import Layers, Part, View
+from wrappers.view import CameraPlace, CameraShift, Layers, Lighting, Palette, Part, View
 
 
 class Supersampled:
@@ -55,13 +55,33 @@ class Supersampled:
         """Return where at least half of a pixel shows foreground, bool [H, W]."""
         return 2 * block_sums(self._view.foreground(), self._factor) >= self._factor**2
 
-    def colors(self) -> dict[str, np.ndarray]:
-        """Return the scene's colors by slot."""
-        return self._view.colors()
+    def colors(self, palette: Palette = "scene") -> dict[str, np.ndarray]:
+        """Return the palette's colors by slot."""
+        return self._view.colors(palette)
 
-    def set_colors(self, colors: Mapping[str, np.ndarray]) -> None:
+    def set_colors(self, colors: Mapping[str, np.ndarray], palette: Palette = "scene") -> None:
         """Repaint the given slots until the next call."""
-        self._view.set_colors(colors)
+        self._view.set_colors(colors, palette)
+
+    def surfaces(self) -> tuple[str, ...]:
+        """Return the slots that can show another texture."""
+        return self._view.surfaces()
+
+    def set_textures(self, textures: Mapping[str, np.ndarray]) -> None:
+        """Cover the given slots until the next call."""
+        self._view.set_textures(textures)
+
+    def camera(self) -> CameraPlace | None:
+        """Return where the undisplaced camera stands."""
+        return self._view.camera()
+
+    def set_camera(self, shift: CameraShift | None) -> None:
+        """Displace the camera until the next call."""
+        self._view.set_camera(shift)
+
+    def set_lights(self, lighting: Lighting | None) -> None:
+        """Change the lights until the next call."""
+        self._view.set_lights(lighting)
 
     def close(self) -> None:
         """Free the view."""

@@ -416,7 +416,7 @@ def test_stars_stay_white_in_a_repainted_sky(view):
     texels = rendering.texture_data(looking._model, 0)
     looking.set_colors({"sky": np.array([1, 0, 0])})
     looking.render()
-    repainted = looking._repaint(texels, looking._repainted)
+    repainted = looking._changes._repaint(texels, {"sky": np.array([1, 0, 0])})
     stars = (texels == 255).all(-1)
     assert stars.any()
     assert (repainted[stars] == 255).all()

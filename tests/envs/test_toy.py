@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.toy import TARGET, TASKS, Balance, Catch, Reach, ToyTask
+from envs.toy import TASKS, Balance, Catch, Reach, ToyTask
+from envs.toy_view import TARGET
 from wrappers.errors import UserError
 
 Policy = Callable[[np.ndarray, np.random.Generator], object]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from envs.toy import TARGET, Reach
+from envs.toy import Reach
+from envs.toy_view import TARGET
 from wrappers.distraction.base import SPLITS, draw_seed
 from wrappers.distraction.color import EASY, HARD, RandomColors, color_set
 from wrappers.errors import UserError

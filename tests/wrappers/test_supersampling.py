@@ -10,7 +10,7 @@ import envs
 from wrappers.distraction.video import composite
 from wrappers.errors import UserError
 from wrappers.supersampling import Supersampled, block_sums
-from wrappers.view import Layers, Part
+from wrappers.view import CameraPlace, CameraShift, Layers, Lighting, Palette, Part, undress
 
 
 class Noise:
@@ -26,7 +26,7 @@ class Noise:
         coverage = rng.choice([0, 1, 1, 0.25], (height, width))
         coverage[:4, :4], coverage[4:8, :4] = 1, 0
         self.coverage = coverage.astype(np.float32)
-        self.painted: Mapping[str, np.ndarray] = {}
+        self.wanted: dict[str, object] = {}
 
     def render(self) -> np.ndarray:
         return self.picture.copy()
@@ -38,11 +38,26 @@ class Noise:
     def foreground(self) -> np.ndarray:
         return self.coverage < 1
 
-    def colors(self) -> dict[str, np.ndarray]:
-        return {"sky": np.ones(3)}
+    def colors(self, palette: Palette = "scene") -> dict[str, np.ndarray]:
+        return {"sky" if palette == "scene" else palette: np.ones(3)}
 
-    def set_colors(self, colors: Mapping[str, np.ndarray]) -> None:
-        self.painted = colors
+    def set_colors(self, colors: Mapping[str, np.ndarray], palette: Palette = "scene") -> None:
+        self.wanted[palette] = colors
+
+    def surfaces(self) -> tuple[str, ...]:
+        return ("floor",)
+
+    def set_textures(self, textures: Mapping[str, np.ndarray]) -> None:
+        self.wanted["textures"] = textures
+
+    def camera(self) -> CameraPlace | None:
+        return CameraPlace(0.7, is_overhead=True)
+
+    def set_camera(self, shift: CameraShift | None) -> None:
+        self.wanted["camera"] = shift
+
+    def set_lights(self, lighting: Lighting | None) -> None:
+        self.wanted["lights"] = lighting
 
     def close(self) -> None:
         self.is_open = False
@@ -89,11 +104,22 @@ def test_a_pixel_is_foreground_from_one_half_on() -> None:
     assert (Supersampled(fine, 2).foreground() == expected).all()
 
 
-def test_colors_and_close_reach_the_view() -> None:
+def test_everything_else_reaches_the_view() -> None:
     fine = Noise(4, 4)
     view = Supersampled(fine, 2)
-    view.set_colors({"sky": np.zeros(3)})
-    assert list(fine.painted) == list(view.colors()) == ["sky"]
+    colors, textures = {"sky": np.zeros(3)}, {"floor": np.zeros((8, 8, 3), np.uint8)}
+    shift, light = CameraShift(roll=1.0), Lighting(0, 0, np.ones(3), 1, np.ones(3))
+    view.set_colors(colors)
+    view.set_colors(textures, "objects")
+    view.set_textures(textures)
+    view.set_camera(shift)
+    view.set_lights(light)
+    expected = {"scene": colors, "objects": textures, "textures": textures}
+    assert fine.wanted == {**expected, "camera": shift, "lights": light}
+    assert (list(view.colors()), list(view.colors("materials"))) == (["sky"], ["materials"])
+    assert (view.surfaces(), view.camera()) == (("floor",), CameraPlace(0.7, is_overhead=True))
+    undress(view)
+    assert not any(fine.wanted.values())
     view.close()
     assert not fine.is_open
 

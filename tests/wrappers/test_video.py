@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.toy import Reach, ToyView
+from envs.toy import Reach
+from envs.toy_view import ToyView
 from wrappers.distraction.textures import ProceduralVideo, ProceduralVideos
 from wrappers.distraction.video import SKY, SURROUNDINGS, VideoBackground, composite
 from wrappers.view import Layers, Part
