@@ -69,8 +69,9 @@ def make(
         id: `family/task`, one of `list_ids()` or `gym/` and any registered Gymnasium id.
         observation: `pixels`, uint8 [3 * frame_stack, size, size], RGB of the oldest frame first;
             `state`, float32 [D]; or `both`, a dict of them.
-        distraction: `color_easy`, `color_hard`, `video_easy`, `video_hard`; None or `clean` for
-            none.
+        distraction: None or `clean` for none; a name (`color_hard`, `video_easy`, `camera_hard`,
+            `dcs_medium`, ...: `wrappers.distraction.presets.DISTRACTIONS`), names joined by `+` for
+            all at once, or a list of these joined by `,`, of which every episode draws one.
         seed: of the first `reset()`; None draws one, which `settings` tells. `reset(seed=)` goes
             before it.
         size: height and width of the picture in pixels.

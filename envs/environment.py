@@ -28,7 +28,8 @@ class Environment(Pixels):
             settings: what was asked for.
             spec: of the task, for a process in which nobody has registered it.
         """
-        adapter = (spec or get_spec(settings.id)).build(settings.episode_length)
+        spec = spec or get_spec(settings.id)
+        adapter = spec.build(settings.episode_length)
         is_seen = (
             settings.observation != "state"
             or settings.foreground_mask
@@ -49,7 +50,11 @@ class Environment(Pixels):
             supersample=settings.supersample,
             camera=settings.camera,
             distraction=make_distraction(
-                settings.distraction, split=settings.split, videos=settings.videos
+                settings.distraction,
+                split=settings.split,
+                videos=settings.videos,
+                control_steps=settings.action_repeat,
+                floor_opacity=spec.floor_opacity,
             ),
             foreground_mask=settings.foreground_mask,
         )

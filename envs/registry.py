@@ -40,6 +40,12 @@ class TaskSpec:
     background: frozenset[Part] | None = None
     """The parts that the default camera shows and a video may replace; None where nobody has
     looked."""
+    objects: bool | None = None
+    """Whether there is something beside robot and background; None where nobody has looked."""
+    textures: bool | None = None
+    """Whether floor, walls or table show a picture; None where nobody has looked."""
+    floor_opacity: float = 0.3
+    """What the Distracting Control Suite leaves of the floor before its video, in [0, 1]."""
     success: bool = False
     """Whether `info["success"]` tells if the task is solved."""
 
@@ -143,6 +149,24 @@ NO_FLOOR = frozenset({"InvertedPendulum-v5"})
 NO_WALLS = frozenset({"hand-insert", "sweep-into"})
 """Likewise: here the body has no floor, and there nothing stands around Meta-World's table."""
 
+WITH_OBJECTS = frozenset({
+    "ball_in_cup-catch", "dog-fetch", "finger-spin", "finger-turn_easy", "finger-turn_hard",
+    "manipulator-bring_ball", "manipulator-bring_peg", "manipulator-insert_ball",
+    "manipulator-insert_peg", "quadruped-fetch", "stacker-stack_2", "stacker-stack_4",
+    "Pusher-v5", "Reacher-v5",
+})  # fmt: skip
+"""Tasks of dm_control and Gymnasium in which something moves beside the robot."""
+
+NO_TEXTURES = frozenset(
+    {"InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Pusher-v5", "Reacher-v5"}
+)
+"""Tasks of which nothing shows a picture that another could take the place of."""
+
+SUITE_FLOOR: Mapping[str, float] = MappingProxyType({"reacher": 0.0, "walker": 1.0, "cheetah": 1.0})
+"""dm_control's domain -> what the Distracting Control Suite leaves of the floor, as its authors' code
+has it: nothing where the floor is all there is behind the robot, all of it where only the floor tells
+how fast the robot runs. Other domains get 0.3."""
+
 METAWORLD_TASKS = """
     assembly basketball bin-picking box-close button-press button-press-topdown
     button-press-topdown-wall button-press-wall coffee-button coffee-pull coffee-push dial-turn
@@ -173,6 +197,9 @@ def _register_own() -> None:
                 action_repeat=DMC_ACTION_REPEAT.get(domain, 2),
                 episode_length=1000,
                 background=_seen(f"{domain}-{task}", scene),
+                objects=f"{domain}-{task}" in WITH_OBJECTS,
+                textures=True,
+                floor_opacity=SUITE_FLOOR.get(domain, 0.3),
             )
     for task in METAWORLD_TASKS:
         register(
@@ -182,6 +209,8 @@ def _register_own() -> None:
             action_repeat=2,
             episode_length=500,
             background=_seen(task, _ROOM),
+            objects=True,
+            textures=True,
             success=True,
         )
     for task in TOY_TASKS:
@@ -189,6 +218,8 @@ def _register_own() -> None:
             f"toy/{task}",
             f"envs.toy:{task.capitalize()}",
             background=_SKY_AND_FLOOR,
+            objects=True,
+            textures=True,
             success=task == "reach",
         )
     register(
@@ -196,6 +227,8 @@ def _register_own() -> None:
         "envs.toy:Reach",
         arguments={"drift": 0.05},
         background=_SKY_AND_FLOOR,
+        objects=True,
+        textures=True,
         success=True,
     )
     for task in _gymnasium_tasks():
@@ -205,6 +238,8 @@ def _register_own() -> None:
             _GYMNASIUM,
             arguments={"task": task},
             background=_seen(task, _SKY_AND_FLOOR if is_mujoco else frozenset()),
+            objects=task in WITH_OBJECTS,
+            textures=is_mujoco and task not in NO_TEXTURES,
         )
 
 

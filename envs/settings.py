@@ -12,12 +12,13 @@ import numpy as np
 from envs.registry import TaskSpec, get_protocol, get_spec
 from envs.rendering import resolve_quality
 from wrappers.distraction.base import SPLITS, Split
-from wrappers.distraction.presets import DISTRACTIONS, find_videos
+from wrappers.distraction.presets import find_videos, parse_name
 from wrappers.errors import UserError
+from wrappers.view import Part
 
 Observation = Literal["pixels", "state", "both"]
-_REPLACED = {"video_easy": {"sky"}, "video_hard": {"sky", "floor", "walls"}}
-"""What those distractions replace that do not repaint: a task without it stays as it is."""
+_REPLACED: dict[str, set[Part]] = {"video_easy": {"sky"}, "video_hard": {"sky", "floor", "walls"}}
+"""What video distractions replace: a task without it stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Settings:
         _one_of("quality", self.quality, ("auto", "reference", "fast"))
         _one_of("split", self.split, SPLITS)
         if self.distraction is not None:
-            _one_of("distraction", self.distraction, ("clean", *DISTRACTIONS))
+            parse_name(self.distraction)
         _whole_number("size", self.size, 8, 4096)
         _whole_number("frame_stack", self.frame_stack, 1, 64)
         _whole_number("supersample", self.supersample, 1, 16)
@@ -136,16 +137,32 @@ class Settings:
         """Warn where the usual camera shows nothing of what the distraction changes."""
         if self.distraction is None or spec.background is None or self.camera != spec.camera:
             return
-        replaced = _REPLACED.get(self.distraction)
-        changes = spec.background & replaced if replaced else spec.background
-        if not changes:
-            parts = " or ".join(sorted(replaced or ()))
-            missing = f"shows no {parts}" if parts else "has fixed colors"
-            warnings.warn(
-                f"{self.distraction} changes no pixel of {self.id}: its picture {missing}; "
-                "choose another distraction or camera",
-                stacklevel=4,
-            )
+        names = [name for member in parse_name(self.distraction) for name in member]
+        for name in dict.fromkeys(names):
+            missing = _missing(name, spec)
+            if missing:
+                warnings.warn(
+                    f"{name} changes no pixel of {self.id}: its picture {missing}; "
+                    "choose another distraction or camera",
+                    stacklevel=4,
+                )
+
+
+def _missing(name: str, spec: TaskSpec) -> str | None:
+    """Return what a task's picture lacks of what a distraction changes, None if it has it."""
+    background = spec.background or frozenset()
+    kind = name.partition("_")[0]
+    if kind in ("noise", "randomized"):
+        return None
+    if kind == "video" and not background & _REPLACED[name]:
+        return f"shows no {' or '.join(sorted(_REPLACED[name]))}"
+    if kind == "objects" and spec.objects is False:
+        return "shows no objects but the robot"
+    if kind == "textures" and spec.textures is False:
+        return "has no textures"
+    if kind in ("camera", "light") and not background:
+        return f"has no {kind}"
+    return None if background else "has fixed colors"
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

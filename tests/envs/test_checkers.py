@@ -60,6 +60,12 @@ def test_checkers_pass_under_distraction(id: str, distraction: str) -> None:
     check(envs.make(id, distraction=distraction, size=40, quality="fast", seed=0))
 
 
+@pytest.mark.parametrize("distraction", ["dcs_hard", "randomized", "clean,textures+noise_easy"])
+@pytest.mark.parametrize("id", ["toy/reach", "dmc/cartpole-swingup"])
+def test_checkers_pass_under_suites_and_lists(id: str, distraction: str) -> None:
+    check(envs.make(id, distraction=distraction, size=40, quality="fast", seed=0))
+
+
 @pytest.mark.parametrize(
     "distraction", ["video_hard", pytest.param("color_hard", marks=pytest.mark.slow)]
 )

@@ -163,14 +163,14 @@ def test_a_seed_begins_the_same_episodes_whatever_is_seen(distraction: str) -> N
         make("reach", distraction),
         make("reach", distraction),
     )
-    frames = []
+    appearances = []
     for seed in (5, None, None):
         states = [env.reset(seed=seed)[0] for env in (clean, distracted, again)]
         assert (states[0]["state"] == states[1]["state"]).all()
         assert (states[1]["pixels"] == states[2]["pixels"]).all(), "a seed repeats the appearance"
         assert (states[0]["pixels"] != states[1]["pixels"]).any()
-        frames.append(states[1]["pixels"][:, :3, :3].tobytes())
-    assert len(set(frames)) == 3, "every episode has its own appearance"
+        appearances.append(repr(distracted.get_state()["distraction"]))
+    assert len(set(appearances)) == 3, "every episode has its own appearance"
 
 
 @pytest.mark.parametrize("distraction", DISTRACTIONS)

@@ -83,7 +83,7 @@ class Ramp:
         self.length = length
         self.opened: list[tuple[str, int, int]] = []
 
-    def draw(self, rng: np.random.Generator, split: str) -> str:
+    def draw(self, rng: np.random.Generator, split: str, count: int | None = None) -> str:
         return f"{split}-{rng.integers(1000)}"
 
     def open(self, name: str, height: int, width: int) -> "Ramp":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -15,6 +15,12 @@ them."""
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
+Aspect = Literal["colors", "objects", "textures", "lights", "camera", "background", "noise"]
+"""What of a picture a distraction decides over; two that decide over the same cannot be combined."""
+
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
+"""In the order in which combined distractions are applied."""
+
 
 class Distraction(Protocol):
     """Turns a view into the picture that the agent sees.
@@ -24,7 +30,15 @@ class Distraction(Protocol):
     randomness comes from the generator handed to `reset` (the environment owns and saves it) and
     state trees hold only arrays, numbers, strings, lists and dicts, so that an episode can be
     resumed in its middle.
+
+    Attributes:
+        writes: what of the picture it decides over.
     """
+
+    @property
+    def writes(self) -> frozenset[Aspect]:
+        """What of the picture it decides over."""
+        ...
 
     def reset(self, view: View, rng: np.random.Generator) -> None:
         """Draw this episode's appearance and apply it to the view."""
@@ -45,6 +59,19 @@ class Distraction(Protocol):
     def set_state(self, view: View, state: dict[str, Any]) -> None:
         """Continue from `state`, repainting the view where the episode had repainted it."""
         ...
+
+
+class SceneChange:
+    """What distractions share that change how a view draws, and leave the picture that it draws."""
+
+    writes: ClassVar[frozenset[Aspect]]
+
+    def advance(self, view: View) -> None:
+        """Change nothing: an episode keeps its appearance."""
+
+    def frame(self, view: View) -> np.ndarray:
+        """Return the changed picture, uint8 [H, W, 3]."""
+        return view.render()
 
 
 def draw_seed(rng: np.random.Generator, split: Split) -> int:

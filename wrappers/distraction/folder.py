@@ -102,9 +102,9 @@ class VideoFolder:
         """Return the splits without videos."""
         return [split for split in SPLITS if not self._names[split]]
 
-    def draw(self, rng: np.random.Generator, split: Split) -> str:
-        """Draw one of the split's videos."""
-        names = self.names(split)
+    def draw(self, rng: np.random.Generator, split: Split, count: int | None = None) -> str:
+        """Draw one of the split's videos, of its first `count` by name if that is given."""
+        names = self.names(split)[:count]
         return names[rng.integers(len(names))]
 
     def open(self, name: str, height: int, width: int) -> FrameSequence:

@@ -25,8 +25,10 @@ Generator = np.random.Generator
 class ProceduralVideos:
     """The source of procedural videos; a video's name is its seed."""
 
-    def draw(self, rng: Generator, split: Split) -> str:
-        """Draw a seed from the split's own range."""
+    def draw(self, rng: Generator, split: Split, count: int | None = None) -> str:
+        """Draw a seed from the split's own range, or one of its first `count` videos."""
+        if count is not None:
+            rng = np.random.default_rng(rng.integers(count))
         return str(draw_seed(rng, split))
 
     def open(self, name: str, height: int, width: int) -> ProceduralVideo:

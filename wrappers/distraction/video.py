@@ -5,18 +5,23 @@ seen comes from the renderer, so that no pixel of the body is ever taken for bac
 keeps a rim of the key's color. As there, one frame of the video per agent step. Differences: an
 episode begins anywhere in its video and plays it forth and back instead of from its start in a
 loop; splits are disjoint.
+
+The background of the Distracting Control Suite (Stone et al., 2021) is the same with other settings:
+one of few videos instead of the sky, before which the floor is half transparent, a frame per
+*control* step, or one that stands still.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from wrappers.distraction.base import Split
+from wrappers.distraction.base import Aspect, Split
 from wrappers.view import Layers, Part, View
 
 SKY: frozenset[Part] = frozenset(("sky",))
+FLOOR: frozenset[Part] = frozenset(("floor",))
 SURROUNDINGS: frozenset[Part] = frozenset(("sky", "floor", "walls"))
 
 
@@ -37,8 +42,8 @@ class Video(Protocol):
 class VideoSource(Protocol):
     """Where videos come from. The same name always opens the same video."""
 
-    def draw(self, rng: np.random.Generator, split: Split) -> str:
-        """Draw the name of a video of the split."""
+    def draw(self, rng: np.random.Generator, split: Split, count: int | None = None) -> str:
+        """Draw the name of a video of the split, of its first `count` ones only if that is given."""
         ...
 
     def open(self, name: str, height: int, width: int) -> Video:
@@ -56,14 +61,29 @@ class VideoBackground:
         source: where videos come from.
         hidden: parts of the scene to replace, as far as it has them.
         split: whose videos to draw.
+        count: draw from the split's first so many videos only.
+        steps: frames of the video per agent step; 0 shows a still.
+        floor_opacity: what of the floor remains where it is not replaced, in [0, 1].
     """
 
+    writes: ClassVar[frozenset[Aspect]] = frozenset(("background",))
+
     def __init__(
-        self, source: VideoSource, hidden: frozenset[Part], split: Split = "train"
+        self,
+        source: VideoSource,
+        hidden: frozenset[Part],
+        split: Split = "train",
+        *,
+        count: int | None = None,
+        steps: int = 1,
+        floor_opacity: float = 1.0,
     ) -> None:
         self.source = source
-        self.hidden = hidden
+        self.hidden = hidden | FLOOR if floor_opacity == 0 else hidden
         self.split: Split = split
+        self.count = count
+        self.steps = steps
+        self.floor_opacity = floor_opacity
         self._name = ""
         self._start = 0.0  # in [0, 1), as part of the video's length
         self._step = 0
@@ -71,22 +91,26 @@ class VideoBackground:
 
     def reset(self, view: View, rng: np.random.Generator) -> None:
         """Draw a video and the frame that the episode begins at."""
-        self._name = self.source.draw(rng, self.split)
+        self._name = self.source.draw(rng, self.split, self.count)
         self._start = float(rng.random())
         self._step = 0
         self._video = None
 
     def advance(self, view: View) -> None:
         """Go on to the video's next frame."""
-        self._step += 1
+        self._step += self.steps
 
     def frame(self, view: View) -> np.ndarray:
         """Return the picture with the video's current frame in the background, uint8 [H, W, 3]."""
         if self._video is None:
             self._video = self.source.open(self._name, view.height, view.width)
         start = int(self._start * self._video.length)
-        layers = view.render_layers(self.hidden & view.parts)
-        return composite(layers, self._video.frame(start + self._step))
+        behind = self._video.frame(start + self._step)
+        picture = composite(view.render_layers(self.hidden & view.parts), behind)
+        if self.floor_opacity < 1 and FLOOR <= view.parts - self.hidden:
+            through = composite(view.render_layers((self.hidden | FLOOR) & view.parts), behind)
+            return _mix(picture, through, self.floor_opacity)
+        return picture
 
     def get_state(self) -> dict[str, Any]:
         """Return the video's name and the place in it."""
@@ -114,3 +138,11 @@ def composite(layers: Layers, background: np.ndarray) -> np.ndarray:
         blend = layers.rgb[edges] * (255 - share) + background[edges] * share
         picture[edges] = (blend + 127) // 255
     return picture
+
+
+def _mix(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
+    """Return share * first + (1 - share) * second, uint8, rounded; equal pixels stay as they are."""
+    weight = round(256 * share)
+    mixed = first.astype(np.uint16) * np.uint16(weight)
+    mixed += second * np.uint16(256 - weight) + np.uint16(127)
+    return (mixed >> 8).astype(np.uint8)
