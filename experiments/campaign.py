@@ -123,10 +123,10 @@ def campaign(folder: Path, flags: Sequence[str], kills: int, seed: int, out: Pat
         if taken.exists():
             raise UserError(f"'{taken}' exists; remove it or give another --folder")
     clock = time.perf_counter()
-    first = Child(whole, flags)
-    first.wait_for(lambda: steps_logged(whole, first.started) is not None)
-    startup = time.perf_counter() - clock
-    first.end()
+    with Child(whole, flags) as first:
+        first.wait_for(lambda: steps_logged(whole, first.started) is not None)
+        startup = time.perf_counter() - clock
+        first.end()
     print(
         f"undisturbed: {time.perf_counter() - clock:.0f} s, of which {startup:.1f} s to start",
         flush=True,
@@ -136,7 +136,8 @@ def campaign(folder: Path, flags: Sequence[str], kills: int, seed: int, out: Pat
     while len(log) < kills:
         log.append(kill_once(run, flags, random, startup))
         print(_row(len(log), log[-1]), flush=True)
-    Child(run, flags).end()
+    with Child(run, flags) as last:
+        last.end()
     different = run_difference(whole, run)
     text = report(log, different, flags, time.perf_counter() - clock)
     print(text.split("\n| kill |")[0])
@@ -146,7 +147,10 @@ def campaign(folder: Path, flags: Sequence[str], kills: int, seed: int, out: Pat
 
 
 class Child:
-    """`python -m experiments.train` as a process of its own; it goes on with the run where there is one."""
+    """`python -m experiments.train` as a process of its own; it goes on with the run where there is one.
+
+    It is a context, at whose end the process ends too.
+    """
 
     def __init__(self, run: Path, flags: Sequence[str]) -> None:
         self.resumed_from = newest_step(run)
@@ -160,6 +164,17 @@ class Child:
                 [sys.executable, "-m", "experiments.train", *words],
                 cwd=Path(__file__).resolve().parent.parent, stdout=handle, stderr=handle,
             )  # fmt: skip
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def kill(self) -> int:
+        """Kill the process if it is not gone, and return its exit code."""
+        self.process.kill()
+        return self.process.wait()
 
     def wait_for(self, moment: Callable[[], bool]) -> None:
         """Wait for a moment in the process's life.
@@ -203,18 +218,17 @@ def kill_once(run: Path, flags: Sequence[str], random: np.random.Generator, star
     pause = LOG_EVERY * int(random.integers(1, 8))
     delay = float(random.uniform(0, 0.02))  # about as long as a small checkpoint takes
     clock = time.perf_counter()
-    child = Child(run, flags)
-    if moment == "starting":
-        child.wait_for(lambda: time.perf_counter() - clock >= until)
-    else:
-        goal = (child.resumed_from or 0) + pause
-        child.wait_for(lambda: (steps_logged(run, child.started) or 0) >= goal)
-        if moment == "saving":
-            child.wait_for(lambda: is_saving(run, child.started))
-        began = time.perf_counter()
-        child.wait_for(lambda: time.perf_counter() - began >= delay)
-    child.process.kill()
-    if child.process.wait() != -signal.SIGKILL:
+    with Child(run, flags) as child:
+        if moment == "starting":
+            child.wait_for(lambda: time.perf_counter() - clock >= until)
+        else:
+            goal = (child.resumed_from or 0) + pause
+            child.wait_for(lambda: (steps_logged(run, child.started) or 0) >= goal)
+            if moment == "saving":
+                child.wait_for(lambda: is_saving(run, child.started))
+            began = time.perf_counter()
+            child.wait_for(lambda: time.perf_counter() - began >= delay)
+    if child.kill() != -signal.SIGKILL:
         raise UserError("training ended by itself in the moment of its kill; give more --steps")
     return Kill(
         moment,

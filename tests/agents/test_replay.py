@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.core.errors import UserError
+from agents.core.errors import NotFiniteError, UserError
 from agents.core.replay import Field, Replay
 
 SIDE = 2
@@ -398,6 +401,68 @@ def test_what_is_not_finite_is_refused_by_name(bad: str) -> None:
     with pytest.raises(ValueError, match=f"'{bad}' is nan"):
         replay.add(values["action"], values["reward"], no, no, seen | {"state": values["state"]})
     assert len(replay) == 0
+
+
+@pytest.mark.parametrize("where", ["start", "reward", "observation", "final"])
+def test_the_environment_that_gave_what_is_not_finite_is_named_and_nothing_is_stored(
+    where: str,
+) -> None:
+    space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    replay = Replay(space, ACTION_SPACE, capacity=40, num_envs=4, log=lambda line: None)
+    given = {name: np.zeros((4, 2)) for name in ("start", "observation", "final")}
+    given["reward"] = np.zeros(4)
+    given[where][2] = np.inf
+    final = np.array([None, None, given["final"][2], given["final"][3]], dtype=object)
+    drop, ends = np.array([0, 1, 0, 0], bool), np.array([0, 0, 1, 1], bool)
+    name = "reward" if where == "reward" else "state"
+    action, no = np.zeros((4, 2)), np.zeros(4, bool)
+    step = (action, given["reward"], ends, no, given["observation"], final, drop)
+    store = functools.partial(replay.start, given["start"])
+    if where != "start":
+        store()
+        store = functools.partial(replay.add, *step)
+    with pytest.raises(NotFiniteError, match=f"'{name}' is inf in environment 2"):
+        store()
+    assert len(replay) == 0
+
+
+def test_a_reward_of_a_transition_that_is_thrown_away_may_be_anything() -> None:
+    space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    replay = Replay(space, ACTION_SPACE, capacity=40, num_envs=2, log=lambda line: None)
+    zeros, no = np.zeros((2, 2)), np.zeros(2, bool)
+    replay.start(zeros)
+    replay.add(zeros, [0.0, np.nan], no, no, zeros, dropped=[False, True])
+    assert len(replay) == 1
+
+
+def test_a_file_for_the_replay_has_its_blocks_before_anything_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: dict[str, int] = {}
+    real = os.posix_fallocate
+
+    def reserve(handle: int, start: int, length: int) -> None:
+        real(handle, start, length)
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).stem
+        reserved[name] = 512 * os.fstat(handle).st_blocks
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    replay = make(rows=4000, storage="mmap", directory=tmp_path)
+    assert reserved.keys() == replay._columns.keys()
+    assert all(size >= replay._columns[name].nbytes for name, size in reserved.items())
+    assert not replay._columns["pixels"].any()
+
+
+def test_a_disk_that_is_too_full_for_the_replays_file_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:  # somebody else was quicker than the check of what is free
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=f"the disk of '{tmp_path}' is full"):
+        make(storage="mmap", directory=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_first_observation_that_is_no_repeated_frame_is_refused() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,3 +175,42 @@ def test_commands_tell_a_users_mistake_from_ours(capsys: pytest.CaptureFixture[s
     assert fail(KeyboardInterrupt()) == 130
     with pytest.raises(KeyError):
         fail(KeyError("ours"))
+
+
+def test_a_full_disk_is_one_line_in_every_command_and_other_errors_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @run_command
+    def fail(argv: Sequence[str] | None) -> int:
+        assert argv is not None
+        raise OSError(int(argv[0]), os.strerror(int(argv[0])), "results.json")
+
+    assert fail([str(errno.ENOSPC)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: [Errno 28] No space left on device: 'results.json'"
+    ]
+    with pytest.raises(OSError, match="Input/output error"):
+        fail([str(errno.EIO)])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_in_a_thread_prints_no_traceback_and_other_errors_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @run_command
+    def fail(argv: Sequence[str] | None) -> int:
+        def raise_it() -> None:
+            assert argv is not None
+            raise OSError(int(argv[0]), "an error")
+
+        thread = threading.Thread(target=raise_it)
+        thread.start()
+        thread.join()
+        return 0
+
+    before = threading.excepthook
+    assert fail([str(errno.EDQUOT)]) == 0
+    assert capsys.readouterr().err == ""
+    assert fail([str(errno.EIO)]) == 0
+    assert "an error" in capsys.readouterr().err
+    assert threading.excepthook is before
