@@ -1,0 +1,112 @@
+"""Figures say what they show: labels with units, seed counts, and who did not learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import report_plots, report_plots_across
+from experiments.report_aggregates import aggregate
+from experiments.report_blocks import Table
+from experiments.report_page import Contents, blocks
+from experiments.report_runs import find_runs, read_run
+from experiments.report_scores import Summary, summarize
+from experiments.statistics import mean
+from tests.experiments.run_folders import ENV, MakeRun, write_metrics
+
+
+@pytest.fixture
+def summary(two_agents: Path) -> Summary:
+    return summarize([read_run(run) for run in find_runs([two_agents])])
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch, two_agents: Path) -> list[Figure]:
+    """Return the list that every figure is put into instead of being written."""
+    kept: list[Figure] = []
+
+    def keep(figure: Figure) -> bytes:
+        kept.append(figure)
+        return b""
+
+    for module in (report_plots, report_plots_across):
+        monkeypatch.setattr(module, "png", keep)
+    return kept
+
+
+def draw(name: str, summary: Summary) -> Any:
+    if name in ("aggregates", "profiles"):
+        found = aggregate(summary)
+        assert found is not None
+        return getattr(report_plots_across, name)(summary, found)
+    arguments = (mean,) if name in ("learning_curves", "efficiency") else ()
+    return getattr(report_plots, name)(summary, ENV, *arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_curves", "efficiency", "generalization", "aggregates", "profiles"]
+)
+def test_legends_count_seeds_and_name_who_did_not_learn(
+    name: str, summary: Summary, figures: list[Figure]
+) -> None:
+    draw(name, summary)
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert "sac (n = 3, did not learn)" in labels
+    assert "sgqn (n = 3)" in labels
+
+
+def test_every_axis_of_every_figure_is_labeled(summary: Summary, figures: list[Figure]) -> None:
+    for name in ("learning_curves", "efficiency", "generalization", "aggregates", "profiles"):
+        draw(name, summary)
+        figure = figures[-1]
+        for axes in figure.axes:
+            assert axes.get_xlabel() or figure.get_supxlabel(), name
+            shared = name == "aggregates"  # its rows are named by distraction
+            assert axes.get_ylabel() or figure.get_supylabel() or shared, name
+    assert [axes.get_xlabel() for axes in figures[1].axes] == [
+        "agent steps",
+        "environment frames",
+        "gradient updates",
+        "wall clock (minutes)",
+    ]
+
+
+def test_agents_differ_in_more_than_color(summary: Summary, figures: list[Figure]) -> None:
+    draw("learning_curves", summary)
+    lines = [line for line in figures[0].axes[0].lines if "n = 3" in str(line.get_label())]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines) == 2
+
+
+def test_seeds_without_a_common_range_of_minutes_are_named_not_dropped(
+    make_run: MakeRun, figures: list[Figure]
+) -> None:
+    runs = []
+    for seed, slower in ((7, 1), (8, 100)):
+        run = make_run("slow", seed)
+        write_metrics(run, [(step, 1.0) for step in (1000, 2000)])
+        text = (run / "metrics.csv").read_text()
+        (run / "metrics.csv").write_text(
+            text.replace(",100.0,train", f",{100 * slower}.0,train").replace(
+                ",200.0,train", f",{200 * slower}.0,train"
+            )
+        )
+        runs.append(read_run(run))
+    draw("efficiency", summarize(runs))
+    texts = [[text.get_text() for text in axes.texts] for axes in figures[0].axes]
+    assert texts == [[], [], [], ["not drawn, seeds share no range: slow"]]
+    assert np.isfinite(figures[0].axes[0].lines[0].get_ydata()).all()  # type: ignore[arg-type]
+
+
+def test_every_table_with_agents_flags_who_did_not_learn(summary: Summary) -> None:
+    contents = Contents(summary, aggregate(summary), {ENV: []}, (), (), "mean")
+    tables = [block for block in blocks(contents) if isinstance(block, Table)]
+    assert len(tables) >= 6
+    for table in tables:
+        flags = {row[0].text: row[0].flag for row in table.rows}
+        assert flags["sac"] == "did not learn", table.name
+        assert flags["sgqn"] == "", table.name
+        assert any("earned" in note and "sgqn" in note for note in table.notes), table.name
