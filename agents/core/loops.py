@@ -148,6 +148,14 @@ class OffPolicyLoop:
         self.agent.load_state_dict(parts["agent"])
         self.state = LoopState.from_tree(parts["loop"], parts["progress"])
         self.random.bit_generator.state = parts["random"]
+        if "unlogged" in parts:  # what the next line of metrics averages over; once it was not kept
+            unlogged = parts["unlogged"]
+            self._returns, self._lengths = unlogged["returns"], unlogged["lengths"]
+            self._metrics = [
+                {name: value}
+                for name, values in unlogged["metrics"].items()
+                for value in values.to(self.device)
+            ]
         self._saved = steps = self.state.progress.agent_steps
         if self.settings.exact_resume and "environments" in parts:
             self.envs.set_state(parts["environments"])  # type: ignore[attr-defined]
@@ -250,6 +258,11 @@ class OffPolicyLoop:
             "progress": vars(self.state.progress).copy(),
             "loop": self.state.to_tree(),
             "random": self.random.bit_generator.state,
+            "unlogged": {
+                "metrics": self._stacked_metrics(),
+                "returns": self._returns,
+                "lengths": self._lengths,
+            },
         }
         if environments and self.settings.exact_resume:
             parts["environments"] = self.envs.get_state()  # type: ignore[attr-defined]
@@ -320,22 +333,28 @@ class OffPolicyLoop:
 
     def _read_metrics(self) -> dict[str, float]:
         """Average the metrics since the last call: the one place where they leave the device."""
+        means = {name: values.mean() for name, values in self._stacked_metrics().items()}
+        values = torch.stack(list(means.values())).tolist() if means else []
+        self._metrics.clear()
+        return dict(zip(means, values, strict=True))
+
+    def _stacked_metrics(self) -> dict[str, Tensor]:
+        """Return every metric's values since the last logged line, float32 [updates that gave it]."""
         names = {name for metrics in self._metrics for name in metrics}
-        stacked = {
-            name: torch.stack([m[name].float() for m in self._metrics if name in m]).mean()
+        return {
+            name: torch.stack([m[name].float() for m in self._metrics if name in m])
             for name in sorted(names)
         }
-        values = torch.stack(list(stacked.values())).tolist() if stacked else []
-        self._metrics.clear()
-        return dict(zip(stacked, values, strict=True))
 
     def _check_finite(self) -> None:
         """Refuse to save an agent that has diverged."""
         steps = self.state.progress.agent_steps
-        for metrics in self._metrics[-1:]:
-            for name, value in metrics.items():
-                if not torch.isfinite(value):
-                    raise DivergedError(f"{name} is {value} at agent step {steps}")
+        for name, values in self._stacked_metrics().items():
+            if not (finite := torch.isfinite(values)).all():
+                bad = values[~finite][0]
+                raise DivergedError(
+                    f"{name} is {bad} at agent step {steps}; the last checkpoint is kept"
+                )
         for name, network in self.agent.networks().items():
             for key, tensor in network.state_dict().items():
                 if not torch.isfinite(tensor).all():

@@ -431,6 +431,49 @@ def test_a_loss_that_is_not_finite_is_named_and_the_last_checkpoint_kept(
     assert loop.checkpoints.load(replay=loop.replay)
 
 
+def test_a_loss_that_was_not_finite_for_one_update_is_found_before_the_next_checkpoint(
+    tmp_path: Path,
+) -> None:
+    loop = make_loop(
+        tmp_path,
+        metric=lambda update: float("inf") if update == 15 else 1.0,
+        checkpoint_every=8,
+        log_every=1000,
+    )
+    with pytest.raises(DivergedError, match="loss/critic is inf at agent step 32"):
+        loop.run()
+    newest = loop.checkpoints.latest()
+    assert newest is not None
+    assert newest.name == "step-000000024"
+
+
+def test_a_line_of_metrics_averages_over_all_of_its_interval_however_the_run_is_cut(
+    tmp_path: Path,
+) -> None:
+    flags = {"log_every": 20}
+    whole = make_loop(tmp_path / "whole", **flags)
+    whole.run()
+    first = make_loop(tmp_path / "cut", checkpoint_every=14, **flags)
+    first.hooks.stop = lambda: first.state.progress.agent_steps >= 36
+    first.save = lambda **_: None if first.hooks.stop() else OffPolicyLoop.save(first)  # killed
+    first.run()
+    second = make_loop(tmp_path / "cut", metric=lambda update: update + 18.0, **flags)
+    second.resume(second.checkpoints.load(replay=second.replay))
+    assert second.state.progress.agent_steps == 28
+    assert second.state.progress.gradient_updates == 18, "the fake must count on from here"
+    second.logger = Logger(tmp_path / "cut", resume_from=28)
+    second.run()
+
+    def lines(name: str) -> list[tuple[str, str, str]]:
+        return [
+            (row["agent_steps"], row["tag"], row["value"])
+            for row in rows(tmp_path / name)
+            if not row["tag"].startswith("time/")
+        ]
+
+    assert lines("cut") == lines("whole")
+
+
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, checkpoint_every=8)
     real = loop.agent.update

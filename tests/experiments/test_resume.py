@@ -100,10 +100,15 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.mark.parametrize("checkpoint_every", [16, 14], ids=["at a line", "between two lines"])
 def test_metrics_have_no_gap_and_no_double_line_after_a_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint_every: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = {"log_every": 4, "checkpoint_every": 16, "episode_length": 9, "num_envs": 2}
+    flags = {"log_every": 4, "episode_length": 9, "num_envs": 2}
+    flags["checkpoint_every"] = checkpoint_every
     whole = train("drq", "toy/reach", tmp_path / "whole", steps=64, **flags)
     killed = tmp_path / "killed"
     with monkeypatch.context() as context:
