@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Literal
 
 from agents.core.errors import UserError
-from experiments import report_csv, report_plots, report_plots_across
 from experiments.arguments import Parser, run_command
-from experiments.report_aggregates import Aggregates, aggregate
-from experiments.report_blocks import Table, slug
-from experiments.report_html import render_html
-from experiments.report_page import Contents, blocks, title_of
-from experiments.report_published import Comparison, compare
-from experiments.report_runs import find_runs, read_run
-from experiments.report_scores import Summary, summarize
-from experiments.report_text import render_latex, render_markdown
-from experiments.statistics import Statistic, interquartile_mean, mean
+from experiments.reporting import csv_tables, plots, plots_across
+from experiments.reporting.aggregates import Aggregates, aggregate
+from experiments.reporting.blocks import Table, slug
+from experiments.reporting.html import render_html
+from experiments.reporting.page import Contents, blocks, title_of
+from experiments.reporting.published import Comparison, compare
+from experiments.reporting.runs import find_runs, read_run
+from experiments.reporting.scores import Summary, summarize
+from experiments.reporting.statistics import Statistic, interquartile_mean, mean
+from experiments.reporting.text import render_latex, render_markdown
 
 PAGE = "report.html"
 TASK_FIGURES = ("curves", "efficiency", "generalization", "diagnostics")
@@ -101,17 +101,17 @@ def _figures(
     found: dict[str, bytes | None] = {}
     for env_id in summary.env_ids:
         drawn = (
-            report_plots.learning_curves(summary, env_id, statistic, comparisons[env_id]),
-            report_plots.efficiency(summary, env_id, statistic),
-            report_plots.generalization(summary, env_id, comparisons[env_id]),
-            report_plots.diagnostics(summary, env_id),
+            plots.learning_curves(summary, env_id, statistic, comparisons[env_id]),
+            plots.efficiency(summary, env_id, statistic),
+            plots.generalization(summary, env_id, comparisons[env_id]),
+            plots.diagnostics(summary, env_id),
         )
         found |= {
             f"{kind}_{slug(env_id)}.png": png for kind, png in zip(TASK_FIGURES, drawn, strict=True)
         }
     if aggregates:
-        found["aggregates.png"] = report_plots_across.aggregates(summary, aggregates)
-        found["profiles.png"] = report_plots_across.profiles(summary, aggregates)
+        found["aggregates.png"] = plots_across.aggregates(summary, aggregates)
+        found["profiles.png"] = plots_across.profiles(summary, aggregates)
     return {name: png for name, png in found.items() if png}
 
 
@@ -120,15 +120,15 @@ def _tables(
 ) -> dict[str, bytes]:
     """Return CSV bytes by file name; what there is no data for is absent, but for the first ones."""
     found = (
-        report_csv.curve_rows(summary, statistic),
-        report_csv.efficiency_rows(summary, statistic),
-        report_csv.score_rows(summary),
-        report_csv.aggregate_rows(aggregates),
-        report_csv.looks_rows(summary),
-        report_csv.run_rows(summary),
+        csv_tables.curve_rows(summary, statistic),
+        csv_tables.efficiency_rows(summary, statistic),
+        csv_tables.score_rows(summary),
+        csv_tables.aggregate_rows(aggregates),
+        csv_tables.looks_rows(summary),
+        csv_tables.run_rows(summary),
     )
     contents = {
-        f"{kind}.csv": report_csv.to_csv(rows) for kind, rows in zip(TABLES, found, strict=True)
+        f"{kind}.csv": csv_tables.to_csv(rows) for kind, rows in zip(TABLES, found, strict=True)
     }
     return {name: content for name, content in contents.items() if content.strip()}
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from agents.core.errors import UserError
 from envs.rendering import resolve_quality
 from experiments.arguments import Parser, run_command
+from experiments.measuring.timing import Table
 from experiments.runs import command_line, describe_system
 from experiments.settings import check_device
-from experiments.speed_timing import Table
 
 PARTS = ("rendering", "environments", "replay", "updates", "training", "sb3")
 
@@ -69,18 +69,18 @@ def _measures(
     """Return what measures each part, in order."""
     if {"rendering", "environments", "training", "sb3"} & set(parts):
         resolve_quality("fast")  # before any of them imports a simulator
-    from experiments import speed_agents, speed_environments, speed_training
+    from experiments.measuring import agents, environments, training
 
     measures: dict[str, list[tuple[str, Callable[[float], list[Table]]]]] = {
         "rendering": [
-            ("rendering", speed_environments.rendering),
-            ("distractions", speed_environments.distractions),
+            ("rendering", environments.rendering),
+            ("distractions", environments.distractions),
         ],
-        "environments": [("environments", speed_environments.environments)],
-        "replay": [("replay", speed_agents.replay)],
-        "updates": [("updates", partial(speed_agents.updates, device=device))],
-        "training": [("training", partial(speed_training.training, device=device))],
-        "sb3": [("Stable-Baselines3", speed_agents.peer)],
+        "environments": [("environments", environments.environments)],
+        "replay": [("replay", agents.replay)],
+        "updates": [("updates", partial(agents.updates, device=device))],
+        "training": [("training", partial(training.training, device=device))],
+        "sb3": [("Stable-Baselines3", agents.peer)],
     }
     return [measure for part in PARTS if part in parts for measure in measures[part]]
 

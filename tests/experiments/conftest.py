@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiments import report_plots, report_plots_across
+from experiments.reporting import plots, plots_across
 from tests.experiments.run_folders import MakeRun, run_maker
 
 
@@ -25,7 +25,7 @@ def make_run(
     if "drawn" not in request.fixturenames:
         pixel = io.BytesIO()
         Image.new("L", (1, 1)).save(pixel, "png")
-        for module in (report_plots, report_plots_across):
+        for module in (plots, plots_across):
             monkeypatch.setattr(module, "png", lambda figure: pixel.getvalue())
     return run_maker(tmp_path / "runs")
 

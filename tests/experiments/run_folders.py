@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from experiments.report_blocks import slug
+from experiments.reporting.blocks import slug
 
 MakeRun = Callable[..., Path]
 ENV = "dmc/cartpole-swingup"

@@ -11,7 +11,7 @@ import pytest
 from experiments import benchmark
 from experiments.benchmark import main
 from experiments.evaluate import DISTRACTIONS
-from experiments.report_runs import read_run
+from experiments.reporting.runs import read_run
 
 
 def rows(file: Path) -> list[dict[str, str]]:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from agents.core.errors import UserError
 from experiments.report import build_report, main
-from experiments.report_runs import read_run
-from experiments.report_scores import align, summarize
+from experiments.reporting.runs import read_run
+from experiments.reporting.scores import align, summarize
 from tests.experiments.run_folders import (
     ENV,
     MakeRun,

@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import (
-    settings,
-    speed,
-    speed_agents,
-    speed_environments,
-    speed_timing,
-    speed_training,
-)
-from experiments.speed_timing import ROUNDS, Elsewhere, Table, interleave, rates
+from experiments import settings, speed
+from experiments.measuring import agents, environments, timing, training
+from experiments.measuring.timing import ROUNDS, Elsewhere, Table, interleave, rates
 
 TINY = 0.02
 """Seconds for each comparison."""
@@ -88,7 +82,7 @@ def test_a_device_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.Mon
 
 OTHER_PROCESS = """
 import os, sys, time
-from experiments.speed_timing import serve
+from experiments.measuring.timing import serve
 
 log = open(sys.argv[1], "a", buffering=1)
 calls = {
@@ -155,10 +149,12 @@ def test_the_shipped_renderer_is_measured_apart_with_its_threads(
             measured[name] = getattr(call, "name", "here")
         return dict.fromkeys(calls, 1.0) | {"shipped": 2.0, "fast": 12.0, "fast there": 10.0}
 
-    monkeypatch.setattr(speed_environments, "Elsewhere", Spy)
-    monkeypatch.setattr(speed_environments, "rates", fake_rates)
-    (table,) = speed_environments.rendering(TINY, ("dmc/cartpole-swingup",))
-    assert asked == [("experiments.speed_environments", "dmc/cartpole-swingup", "LP_NUM_THREADS")]
+    monkeypatch.setattr(environments, "Elsewhere", Spy)
+    monkeypatch.setattr(environments, "rates", fake_rates)
+    (table,) = environments.rendering(TINY, ("dmc/cartpole-swingup",))
+    assert asked == [
+        ("experiments.measuring.environments", "dmc/cartpole-swingup", "LP_NUM_THREADS")
+    ]
     assert measured == {
         "shipped": "shipped",
         "reference": "reference",
@@ -171,7 +167,7 @@ def test_the_shipped_renderer_is_measured_apart_with_its_threads(
 
 def test_rendering_compares_shipped_reference_and_fast() -> None:
     tasks = ("dmc/cartpole-swingup", "gym/HalfCheetah-v5")
-    (table,) = speed_environments.rendering(TINY, tasks)
+    (table,) = environments.rendering(TINY, tasks)
     means = ["geometric mean of dmc", "geometric mean of gym"]
     check_whole(table, [*tasks, *means])
     check_ratio(table, "reference / shipped", "reference", "as shipped")
@@ -181,11 +177,11 @@ def test_rendering_compares_shipped_reference_and_fast() -> None:
 
 @pytest.mark.slow
 def test_rendering_knows_every_listed_task() -> None:
-    (table,) = speed_environments.rendering(TINY)
+    (table,) = environments.rendering(TINY)
     check_whole(
         table,
         [
-            *speed_environments.RENDERED,
+            *environments.RENDERED,
             *(f"geometric mean of {family}" for family in ("dmc", "metaworld", "gym")),
         ],
     )
@@ -197,9 +193,9 @@ def test_rendering_knows_every_listed_task() -> None:
 def test_what_is_timed_as_shipped_is_the_same_picture(family: str) -> None:
     from envs.mujoco_view import MujocoView
 
-    task = next(t for t in speed_environments.RENDERED if t.startswith(family))
-    scene = speed_environments._SCENES[family](task)
-    size = {"height": speed_environments.SIZE, "width": speed_environments.SIZE}
+    task = next(t for t in environments.RENDERED if t.startswith(family))
+    scene = environments._SCENES[family](task)
+    size = {"height": environments.SIZE, "width": environments.SIZE}
     view = MujocoView(lambda: (scene.model, scene.data), camera=scene.camera, **size)
     ours, shipped = view.render(), scene.shipped()
     view.close()
@@ -209,7 +205,7 @@ def test_what_is_timed_as_shipped_is_the_same_picture(family: str) -> None:
 
 
 def test_distractions_are_compared_with_the_clean_picture() -> None:
-    (table,) = speed_environments.distractions(TINY, "toy/reach")
+    (table,) = environments.distractions(TINY, "toy/reach")
     names = ["clean", "color_hard", "video_easy", "video_hard", "clean, supersample 4"]
     check_whole(table, names)
     times = np.array(table.column("ms per picture"), float)
@@ -217,13 +213,13 @@ def test_distractions_are_compared_with_the_clean_picture() -> None:
 
 
 def test_environments_are_stepped_with_and_without_workers() -> None:
-    (table,) = speed_environments.environments(TINY, ("toy/reach",))
+    (table,) = environments.environments(TINY, ("toy/reach",))
     check_whole(table, ["toy/reach"])
     check_ratio(table, "2 workers / in process", "2 workers", "in process")
 
 
 def test_trainings_time_is_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    (table,) = speed_training.training(TINY, "cpu", agents=["drqv2"], task="toy/reach")
+    (table,) = training.training(TINY, "cpu", agents=["drqv2"], task="toy/reach")
     check_whole(table, ["drqv2"])
     assert capsys.readouterr().out == "", "only the tables are printed"
     (row,) = table.rows
@@ -235,7 +231,7 @@ def test_trainings_time_is_taken_apart(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_replay_is_compared_in_memory_and_speed() -> None:
-    (table,) = speed_agents.replay(TINY, steps=300, size=32)
+    (table,) = agents.replay(TINY, steps=300, size=32)
     check_whole(table, ["ours", "list of stacks", "Stable-Baselines3", "copying the bytes"])
     rate = np.array(table.column("samples/s"), float)
     np.testing.assert_allclose(np.array(table.column("ours / it"), float), rate[0] / rate)
@@ -254,7 +250,7 @@ def test_all_three_replays_hold_the_same_steps() -> None:
     action = gym.spaces.Box(-1, 1, (2,), np.float32)
     ours = Replay(pixels, action, capacity=300, num_envs=1, log=lambda line: None)
     theirs = ReplayBuffer(260, pixels, action, "cpu")
-    stacks = speed_agents._fill(ours, theirs, pixels, action, 260)
+    stacks = agents._fill(ours, theirs, pixels, action, 260)
     assert len(ours) == len(stacks) == theirs.size() == 260
     batch = ours.sample(200)
     by_action = {actions.tobytes(): (seen, after) for seen, actions, _, after, _ in stacks}
@@ -266,14 +262,14 @@ def test_all_three_replays_hold_the_same_steps() -> None:
 
 
 def test_updates_are_compared_between_agents_and_formats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_agents, "find_preset", lambda *_: settings.PRESETS["debug"])
-    monkeypatch.setattr(speed_agents, "resolve_precision", lambda *_: "bf16")
-    table, ratios = speed_agents.updates(TINY, agents=("drqv2", "drqv2-sgqn"))
+    monkeypatch.setattr(agents, "find_preset", lambda *_: settings.PRESETS["debug"])
+    monkeypatch.setattr(agents, "resolve_precision", lambda *_: "bf16")
+    table, ratios = agents.updates(TINY, agents=("drqv2", "drqv2-sgqn"))
     check_whole(table, ["drqv2", "drqv2-sgqn"])
     check_ratio(table, "bf16 NHWC / fp32", "bf16 NHWC", "fp32")
     check_ratio(table, "of the floor", "bf16 NHWC", "floor of bf16 NHWC")
     check_whole(ratios, ["drqv2-sgqn"])
-    for name in speed_agents.SETTINGS:
+    for name in agents.SETTINGS:
         plain, guided = np.array(table.column(name), float)
         assert ratios.column(name) == pytest.approx([plain / guided])
 
@@ -281,12 +277,12 @@ def test_updates_are_compared_between_agents_and_formats(monkeypatch: pytest.Mon
 def test_operations_are_counted_forward_and_backward() -> None:
     x, w = torch.ones(3, 5), torch.ones(5, 7, requires_grad=True)
     agent = SimpleNamespace(update=lambda batch: torch.autograd.grad((batch @ w).sum(), w))
-    assert speed_agents._flops(agent, x) == 2 * (2 * 3 * 5 * 7)  # type: ignore[arg-type]
+    assert agents._flops(agent, x) == 2 * (2 * 3 * 5 * 7)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_the_peer_is_stepped_on_our_task() -> None:
-    (table,) = speed_agents.peer(TINY)
+    (table,) = agents.peer(TINY)
     check_whole(table, ["gradient steps/s", "training steps/s"])
     check_ratio(table, "Sightline / Stable-Baselines3", "Sightline sac", "Stable-Baselines3")
 
@@ -294,8 +290,8 @@ def test_the_peer_is_stepped_on_our_task() -> None:
 def test_the_command_prints_and_writes_the_same_tables(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
 ) -> None:
-    tiny = functools.partial(speed_agents.replay, steps=300, size=16)
-    monkeypatch.setattr(speed_agents, "replay", tiny)
+    tiny = functools.partial(agents.replay, steps=300, size=16)
+    monkeypatch.setattr(agents, "replay", tiny)
     out = tmp_path / "speed.md"
     assert speed.main(["replay", "--seconds", "0.01", "--out", str(out)]) == 0
     printed = capsys.readouterr()
@@ -326,4 +322,4 @@ def test_mistakes_are_one_line(
 
 def test_numbers_are_short() -> None:
     table = Table("t", ["name", "x"], rows=[["a", 12345.6], ["b", 12.34], ["c", 1.234]])
-    assert [speed_timing._text(row[1]) for row in table.rows] == ["12,346", "12.3", "1.23"]
+    assert [timing._text(row[1]) for row in table.rows] == ["12,346", "12.3", "1.23"]

@@ -13,15 +13,15 @@ from agents.core.errors import UserError
 from envs import PROTOCOLS, get_spec
 from experiments import report
 from experiments.report import build_report
-from experiments.report_published import (
+from experiments.reporting.published import (
     Published,
     beside,
     compare,
     published_tables,
     read_published,
 )
-from experiments.report_runs import read_run
-from experiments.report_scores import Summary, summarize
+from experiments.reporting.runs import read_run
+from experiments.reporting.scores import Summary, summarize
 from tests.experiments.run_folders import MakeRun, text_of, write_evaluation
 
 WALKER = "dmc/walker-walk"

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report_blocks import Cell, Table, cells, count, limits, number, slug
-from experiments.report_runs import Run
-from experiments.report_scores import CLEAN, Group, Score, Summary
-from experiments.report_settings import differing, settings
+from experiments.reporting.blocks import Cell, Table, cells, count, limits, number, slug
+from experiments.reporting.runs import Run
+from experiments.reporting.scores import CLEAN, Group, Score, Summary
+from experiments.reporting.settings import differing, settings
 
 FLAG = "did not learn"
 

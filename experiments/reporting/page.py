@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.report_aggregates import NORMALIZATION, Aggregates
-from experiments.report_blocks import (
+from experiments.reporting.aggregates import NORMALIZATION, Aggregates
+from experiments.reporting.blocks import (
     Block,
     Facts,
     Figure,
@@ -20,12 +20,18 @@ from experiments.report_blocks import (
     count,
     slug,
 )
-from experiments.report_published import Comparison, published_tables
-from experiments.report_runs import Run
-from experiments.report_scores import Summary, efficiency_tag
-from experiments.report_settings import cautions
-from experiments.report_tables import joined, runs_table, scores_table, settings_table, times_table
-from experiments.report_tables_across import (
+from experiments.reporting.published import Comparison, published_tables
+from experiments.reporting.runs import Run
+from experiments.reporting.scores import Summary, efficiency_tag
+from experiments.reporting.settings import cautions
+from experiments.reporting.tables import (
+    joined,
+    runs_table,
+    scores_table,
+    settings_table,
+    times_table,
+)
+from experiments.reporting.tables_across import (
     aggregate_tables,
     gap_table,
     improvement_tables,

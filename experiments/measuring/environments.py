@@ -13,7 +13,7 @@ import numpy as np
 
 import envs
 from envs.rendering import Quality, choose_backend, gl_renderer, resolve_quality
-from experiments.speed_timing import Elsewhere, Table, interleave, rates, serve
+from experiments.measuring.timing import Elsewhere, Table, interleave, rates, serve
 
 SIZE = 84
 RENDERED = (

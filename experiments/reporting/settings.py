@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from experiments.report_runs import Run
-from experiments.report_scores import Group, Summary
+from experiments.reporting.runs import Run
+from experiments.reporting.scores import Group, Summary
 
 
 def settings(run: Run) -> dict[str, str]:

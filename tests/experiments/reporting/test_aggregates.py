@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from experiments.report import build_report
-from experiments.report_aggregates import Aggregates, aggregate, normalized
-from experiments.report_runs import Result, read_run
-from experiments.report_scores import Summary, curve, summarize
-from experiments.report_tables import learned_notes, scores_table
-from experiments.report_tables_across import aggregate_tables, gap_table, looks_table
+from experiments.reporting.aggregates import Aggregates, aggregate, normalized
+from experiments.reporting.runs import Result, read_run
+from experiments.reporting.scores import Summary, curve, summarize
+from experiments.reporting.tables import learned_notes, scores_table
+from experiments.reporting.tables_across import aggregate_tables, gap_table, looks_table
 from tests.experiments.run_folders import (
     ENV,
     MakeRun,

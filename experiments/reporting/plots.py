@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.typing import LineStyleType
 
-from experiments.report_published import Comparison, beside
-from experiments.report_runs import AXES, Axis, Run
-from experiments.report_scores import (
+from experiments.reporting.published import Comparison, beside
+from experiments.reporting.runs import AXES, Axis, Run
+from experiments.reporting.scores import (
     Curve,
     Group,
     Summary,
@@ -29,7 +29,7 @@ from experiments.report_scores import (
     efficiency_tag,
     return_tags,
 )
-from experiments.statistics import Statistic
+from experiments.reporting.statistics import Statistic
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
 LINES: tuple[LineStyleType, ...] = (

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
-from experiments.report_blocks import (
+from experiments.reporting.blocks import (
     Block,
     Cell,
     Facts,

@@ -8,8 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.report_runs import Axis, Run
-from experiments.statistics import Statistic, interquartile_mean, mean, stratified_bootstrap
+from experiments.reporting.runs import Axis, Run
+from experiments.reporting.statistics import (
+    Statistic,
+    interquartile_mean,
+    mean,
+    stratified_bootstrap,
+)
 
 CLEAN = "clean"
 KNOWN_ORDER = (CLEAN, "color_easy", "color_hard", "video_easy", "video_hard")

@@ -7,15 +7,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report_aggregates import (
+from experiments.reporting.aggregates import (
     THRESHOLDS,
     Aggregate,
     Aggregates,
     counted_tasks,
 )
-from experiments.report_plots import STYLE, legend, png, style
-from experiments.report_scores import Summary
-from experiments.statistics import Interval
+from experiments.reporting.plots import STYLE, legend, png, style
+from experiments.reporting.scores import Summary
+from experiments.reporting.statistics import Interval
 
 
 def aggregates(summary: Summary, found: Aggregates) -> bytes:

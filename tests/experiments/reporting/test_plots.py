@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import report_plots, report_plots_across
-from experiments.report_aggregates import aggregate
-from experiments.report_blocks import Table
-from experiments.report_page import Contents, blocks
-from experiments.report_runs import find_runs, read_run
-from experiments.report_scores import Summary, summarize
-from experiments.statistics import mean
+from experiments.reporting import plots, plots_across
+from experiments.reporting.aggregates import aggregate
+from experiments.reporting.blocks import Table
+from experiments.reporting.page import Contents, blocks
+from experiments.reporting.runs import find_runs, read_run
+from experiments.reporting.scores import Summary, summarize
+from experiments.reporting.statistics import mean
 from tests.experiments.run_folders import ENV, MakeRun, write_metrics
 
 
@@ -33,7 +33,7 @@ def figures(monkeypatch: pytest.MonkeyPatch, two_agents: Path) -> list[Figure]:
         kept.append(figure)
         return b""
 
-    for module in (report_plots, report_plots_across):
+    for module in (plots, plots_across):
         monkeypatch.setattr(module, "png", keep)
     return kept
 
@@ -42,9 +42,9 @@ def draw(name: str, summary: Summary) -> Any:
     if name in ("aggregates", "profiles"):
         found = aggregate(summary)
         assert found is not None
-        return getattr(report_plots_across, name)(summary, found)
+        return getattr(plots_across, name)(summary, found)
     arguments = (mean,) if name in ("learning_curves", "efficiency") else ()
-    return getattr(report_plots, name)(summary, ENV, *arguments)
+    return getattr(plots, name)(summary, ENV, *arguments)
 
 
 @pytest.mark.parametrize(

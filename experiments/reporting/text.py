@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from experiments.report_blocks import (
+from experiments.reporting.blocks import (
     Block,
     Cell,
     Facts,

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from agents.core.errors import UserError
 from envs import PROTOCOLS
-from experiments.report_blocks import Cell, Table, cells, limits, number, slug
-from experiments.report_runs import Run
-from experiments.report_scores import CLEAN, Group, Summary, in_order
-from experiments.report_tables import flag, joined, learned_notes
+from experiments.reporting.blocks import Cell, Table, cells, limits, number, slug
+from experiments.reporting.runs import Run
+from experiments.reporting.scores import CLEAN, Group, Summary, in_order
+from experiments.reporting.tables import flag, joined, learned_notes
 
 REDRAWN = "Starting states and color sets are drawn anew from the same distributions."
 PUBLISHED = Path(__file__).with_name("published.csv")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from experiments.statistics import (
+from experiments.reporting.statistics import (
     interquartile_mean,
     mean,
     median,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.statistics import (
+from experiments.reporting.statistics import (
     Interval,
     interquartile_mean,
     mean,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.report import build_report
-from experiments.report_blocks import Cell, Table
-from experiments.report_text import latex, render_latex, render_markdown
+from experiments.reporting.blocks import Cell, Table
+from experiments.reporting.text import latex, render_latex, render_markdown
 from tests.experiments.run_folders import MakeRun
 
 UNRULY = r"50% & #1_{x} ~ ^2 \cmd $y$ a|b <script> *bold* `code` [link]"

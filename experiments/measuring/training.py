@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments import train
+from experiments.measuring.timing import Table
 from experiments.session import Session
-from experiments.speed_timing import Table
 
 AGENTS = ("drqv2", "sgqn")
 TASK = "dmc/cartpole-swingup"

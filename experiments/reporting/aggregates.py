@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.report_runs import Result, Run
-from experiments.report_scores import CLEAN, Group, Summary, gap_percent, in_order
-from experiments.statistics import (
+from experiments.reporting.runs import Result, Run
+from experiments.reporting.scores import CLEAN, Group, Summary, gap_percent, in_order
+from experiments.reporting.statistics import (
     Interval,
     Statistic,
     interquartile_mean,

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.report_aggregates import Aggregate, Aggregates, counted_tasks, per_agent
-from experiments.report_blocks import Cell, Table, limits, number, slug
-from experiments.report_runs import SALIENCY
-from experiments.report_scores import CLEAN, Group, Summary, in_order
-from experiments.report_tables import FLAG, flag, learned_notes
-from experiments.statistics import Interval, mean, stratified_bootstrap
+from experiments.reporting.aggregates import Aggregate, Aggregates, counted_tasks, per_agent
+from experiments.reporting.blocks import Cell, Table, limits, number, slug
+from experiments.reporting.runs import SALIENCY
+from experiments.reporting.scores import CLEAN, Group, Summary, in_order
+from experiments.reporting.statistics import Interval, mean, stratified_bootstrap
+from experiments.reporting.tables import FLAG, flag, learned_notes
 
 QUANTITIES: tuple[tuple[str, str, Callable[[Aggregate], Interval | None]], ...] = (
     ("iqm", "Interquartile mean of normalized scores (higher is better)", lambda a: a.iqm),

@@ -7,11 +7,11 @@ import io
 from collections.abc import Iterable, Mapping
 from itertools import product
 
-from experiments.report_aggregates import Aggregates
-from experiments.report_runs import AXES
-from experiments.report_scores import Summary, curve, efficiency_tag, return_tags
-from experiments.report_settings import differing, settings
-from experiments.statistics import Statistic
+from experiments.reporting.aggregates import Aggregates
+from experiments.reporting.runs import AXES
+from experiments.reporting.scores import Summary, curve, efficiency_tag, return_tags
+from experiments.reporting.settings import differing, settings
+from experiments.reporting.statistics import Statistic
 
 Rows = Iterable[Mapping[str, object]]
 

@@ -1,0 +1,1 @@
+"""What the speed tables measure, and how."""
