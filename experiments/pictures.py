@@ -5,28 +5,46 @@ python -m experiments.pictures --out docs/images
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 import envs
 from experiments.arguments import Parser, run_command
-from wrappers.distraction.presets import DISTRACTIONS
+from wrappers.distraction.presets import CLEAN, DISTRACTIONS
 
 Quality = Literal["reference", "fast"]
 
-TASKS = ("dmc/walker-walk", "dmc/cartpole-swingup", "dmc/quadruped-walk", "metaworld/drawer-open")
-SCENES = (*TASKS, "dmc/cheetah-run", "dmc/humanoid-walk")
+TASKS = ("dmc/walker-walk", "dmc/cartpole-swingup", "dmc/finger-spin", "metaworld/drawer-open")
+SCENES = (
+    "dmc/walker-walk",
+    "dmc/cartpole-swingup",
+    "dmc/quadruped-walk",
+    "metaworld/drawer-open",
+    "dmc/cheetah-run",
+    "dmc/humanoid-walk",
+)
+
+QUALITY_SIZE = 168
+COLUMNS = 8
+COMBINED = "color_hard+camera_easy"
+PARTS = tuple(name for name in DISTRACTIONS if not name.startswith(("dcs", "randomized")))
+# Without dcs_0.1, dcs_0.2 and dcs_0.3, which are dcs_easy, dcs_medium and dcs_hard, and without what
+# stands still, which looks as it does in its first step.
+SUITE = ("dcs_0.025", "dcs_0.05", "dcs_easy", "dcs_0.15", "dcs_medium", "dcs_hard", "dcs_0.5")
+NAMES = (CLEAN, *PARTS, "objects_hard+light_easy", COMBINED, "randomized", *SUITE)
 
 
 def parser() -> Parser:
     """Return the command's parser."""
     p = Parser(prog="python -m experiments.pictures", description=__doc__)
     p.add_argument("--out", type=Path, default=Path("docs/images"), help="folder [docs/images]")
-    p.add_argument("--size", type=int, default=168, help="pixels of one picture [168]")
+    p.add_argument("--size", type=int, default=96, help="pixels of one distraction [96]")
     return p
 
 
@@ -34,7 +52,11 @@ def look(
     task: str, size: int, distraction: str | None, quality: Quality, steps: int = 5
 ) -> np.ndarray:
     """Return a frame after some random steps, uint8 [size, size, 3]."""
-    env = envs.make(task, seed=5, size=size, distraction=distraction, quality=quality, split="test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not every task has everything: the sheet shows it
+        env = envs.make(
+            task, seed=5, size=size, distraction=distraction, quality=quality, split="test"
+        )
     env.reset()
     env.action_space.seed(3)
     for _ in range(steps):
@@ -49,17 +71,41 @@ def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
 
+def labeled(rows: Sequence[Sequence[np.ndarray]], over: Sequence[str]) -> np.ndarray:
+    """Put a sheet below a line with the names of its columns; one that is too long is broken."""
+    size = rows[0][0].shape[1]
+    height = 34
+    band = Image.new("RGB", (size * len(over), height), "white")
+    draw, font = ImageDraw.Draw(band), ImageFont.load_default(size=12)
+    for column, name in enumerate(over):
+        text = name.replace("+", " +\n")
+        place = ((column + 0.5) * size, height / 2)
+        draw.multiline_text(place, text, "black", font, anchor="mm", align="center", spacing=1)
+    return np.concatenate([np.asarray(band), sheet(rows)])
+
+
+def distraction_sheet(size: int) -> np.ndarray:
+    """Draw every distraction on every task: a column each, in bands of eight, a row per task."""
+    bands = []
+    for first in range(0, len(NAMES), COLUMNS):
+        names = NAMES[first : first + COLUMNS]
+        rows = [[look(task, size, name, "fast") for name in names] for task in TASKS]
+        bands.append(labeled(rows, names))
+    return np.concatenate(bands)
+
+
 @run_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
     size = arguments.size
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = (None, *DISTRACTIONS)
-    distractions = sheet([[look(task, size, name, "fast") for name in names] for task in TASKS])
-    reference = [look(task, size, None, "reference") for task in SCENES]
-    qualities = sheet([reference, [look(task, size, None, "fast") for task in SCENES]])
-    for name, picture in (("distractions", distractions), ("qualities", qualities)):
+    qualities = sheet([
+        [look(task, QUALITY_SIZE, None, quality) for task in SCENES]
+        for quality in ("reference", "fast")
+    ])  # fmt: skip
+    sheets = {"distractions": distraction_sheet(size), "qualities": qualities}
+    for name, picture in sheets.items():
         iio.imwrite(arguments.out / f"{name}.png", picture)
         print(f"wrote {arguments.out / name}.png")
     return 0

@@ -17,7 +17,15 @@ from experiments.reporting.statistics import (
 )
 
 CLEAN = "clean"
-KNOWN_ORDER = (CLEAN, "color_easy", "color_hard", "video_easy", "video_hard")
+KINDS = ("color", "video", "camera", "light", "noise", "objects")
+SUITE = ("0.025", "0.05", "0.1", "easy", "0.15", "0.2", "medium", "0.3", "hard", "0.4", "0.5")
+KNOWN_ORDER = (
+    CLEAN,
+    *(f"{kind}_{level}" for kind in KINDS for level in ("easy", "hard")),
+    "textures",
+    *(f"dcs_{level}{end}" for end in ("_static", "") for level in SUITE),
+    "randomized",
+)
 CURVE_POINTS = 60
 """Points on a curve whose seeds logged at different steps; each averages 1/60 of the run."""
 

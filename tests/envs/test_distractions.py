@@ -125,6 +125,21 @@ def test_what_changes_pixels_is_not_complained_about(id: str, distraction: str) 
             clean.close()
 
 
+@pytest.mark.parametrize("level", ["easy", "hard"])
+def test_most_lights_can_be_told_from_the_floor_of_dm_control(level: str) -> None:
+    with made("dmc/walker-walk", f"light_{level}") as env:
+        env.reset()
+        floor = env.view.render_layers(frozenset({"floor"})).coverage == 1
+        brightness = []
+        for seed in range(30):
+            env.distraction.reset(env.view, np.random.default_rng(seed))
+            brightness.append(env.view.render()[floor].mean())
+        env.view.set_lights(None)
+        clean = env.view.render()[floor].mean()
+    assert np.median(brightness) < (0.9 if level == "easy" else 0.6) * clean
+    assert np.std(brightness) > 0.1 * clean
+
+
 def test_names_are_checked_before_anything_is_built() -> None:
     with pytest.raises(UserError, match="unknown distraction 'dcs_esay'; did you mean dcs_easy"):
         envs.make("toy/reach", distraction="clean,color_hard+dcs_esay")

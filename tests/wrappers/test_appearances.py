@@ -35,7 +35,8 @@ def test_light_is_drawn_in_its_ranges_and_never_brighter(ranges: light.LightRang
     assert darkest.min() >= ranges.brightness[0] * (1 - ranges.tint)
     assert (darkest / brightest).min() >= 1 - ranges.tint
     ambient = np.array([lighting.ambient / lighting.diffuse for lighting in drawn])
-    assert 0.5 <= ambient.min() < ambient.max() <= 1
+    others = np.append(ambient, [lighting.headlight for lighting in drawn])
+    assert ranges.others - 1e-9 <= others.min() < others.max() <= 1 + 1e-9
     directions = np.histogram([v.direction for v in drawn], 4, (0, 2 * np.pi))[0]
     assert directions.min() > 200
 

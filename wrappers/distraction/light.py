@@ -29,10 +29,12 @@ class LightRange:
     """Of the lamps, as part of their own."""
     tint: float
     """By how much a channel may be darker than the brightness says, as part of it."""
+    others: float
+    """Least part, beside the brightness, of the lamp at the camera and of the ambient light."""
 
 
-EASY = LightRange(tilt=math.radians(30), brightness=(0.5, 0.9), tint=0.25)
-HARD = LightRange(tilt=math.radians(60), brightness=(0.3, 0.9), tint=0.5)
+EASY = LightRange(tilt=math.radians(30), brightness=(0.5, 0.9), tint=0.25, others=0.7)
+HARD = LightRange(tilt=math.radians(60), brightness=(0.3, 0.9), tint=0.5, others=0.4)
 
 
 class RandomLight(SceneChange):
@@ -74,6 +76,6 @@ def draw_lighting(ranges: LightRange, seed: int) -> Lighting:
         tilt=rng.uniform(0, ranges.tilt),
         direction=rng.uniform(0, 2 * math.pi),
         diffuse=diffuse,
-        headlight=rng.uniform(0.3, 1),
-        ambient=rng.uniform(0.5, 1) * diffuse,
+        headlight=rng.uniform(ranges.others, 1),
+        ambient=rng.uniform(ranges.others, 1) * diffuse,
     )
