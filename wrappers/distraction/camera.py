@@ -7,11 +7,11 @@ below the horizontal. When it moves, its velocity walks by N(0, 0.1 s) per contr
 to a speed of 0.4 s, for a camera at a distance of 4; the roll's velocity by N(0, pi/300 s) up to
 pi/50 s.
 
-Differences from the published code: seeds and splits, which it lacks; the sphere lies around the
-point that the camera looks at instead of the world's origin (in cartpole they are the same but for
-a height of 0.05 of 4), so that any scene's middle stays in the picture; a camera that looks straight
-down (reacher) turns about its own upward direction, since angles jump at the pole of a sphere; the
-episode begins where it is drawn instead of one step of the walk later.
+Differences from the published code: seeds and splits, which it lacks. The sphere lies around the
+point that the camera looks at instead of the world's origin or the robot's center of mass (in
+cartpole that is 1 higher, at a distance of 4), so that any scene's middle stays in the picture. A
+camera that looks straight down (reacher) turns about its own upward direction, since angles jump at
+the pole of a sphere. An episode begins where it is drawn instead of one step of the walk later.
 """
 
 from __future__ import annotations
