@@ -81,6 +81,7 @@ class Policy:
             space_from_json(config["spaces"]["action"]),
             configs=configs,
             device=device,
+            num_envs=config["train"].get("num_envs", 1),
         )
         agent.load_state_dict({"networks": parts["agent"]["networks"]})
         counts = ("agent_steps", "env_frames", "gradient_updates")

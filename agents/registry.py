@@ -20,6 +20,7 @@ from agents.off_policy.ddpg import DDPG, DDPGConfig
 from agents.off_policy.sac import SAC, SACConfig
 from agents.off_policy.sgqn import SGQNConfig
 from agents.off_policy.svea import SVEAConfig
+from agents.on_policy.ppo import A2C, PPO, PPOConfig
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class AgentSpec:
         build: called as build(observation_space, action_space, *configs, device=..., seed=...).
         configs: the config dataclasses with this agent's defaults, in the order `build` takes them.
         summary: one line for `--help`.
+        on_policy: it is an `OnPolicyAgent`, learns from rollouts, and `build` also takes num_envs=.
     """
 
     build: Callable[..., Agent]
     configs: tuple[Any, ...]
     summary: str
+    on_policy: bool = False
 
 
 def _actor_critic(base: type) -> Callable[..., Agent]:
@@ -65,6 +68,13 @@ AGENTS: dict[str, AgentSpec] = {
     "drqv2": AgentSpec(_ddpg, (DDPGConfig(), _plain), "DrQ-v2"),
     "drqv2-svea": AgentSpec(_ddpg, (DDPGConfig(), SVEAConfig()), "SVEA on DrQ-v2"),
     "drqv2-sgqn": AgentSpec(_ddpg, (DDPGConfig(), SGQNConfig()), "SGQN on DrQ-v2"),
+    "ppo": AgentSpec(PPO, (PPOConfig(),), "proximal policy optimization", on_policy=True),
+    "a2c": AgentSpec(
+        PPO, (A2C,), "advantage actor-critic: PPO without a clip, one pass", on_policy=True
+    ),
+    "spo": AgentSpec(
+        PPO, (PPOConfig(surrogate="spo"),), "simple policy optimization", on_policy=True
+    ),
 }
 
 
@@ -94,18 +104,21 @@ def make_agent(
     configs: Sequence[Any] | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    num_envs: int = 1,
 ) -> Agent:
     """Build an agent for an environment's (single) spaces.
 
     Args:
         name: a key of `AGENTS`.
         observation_space: uint8 pixels (3*k, H, W), a float vector, or a Dict of both.
-        action_space: Box(-1, 1).
+        action_space: Box(-1, 1); on-policy agents take Discrete too.
         configs: replaces the spec's configs, same types in the same order.
         device: where networks live.
         seed: of weights, exploration and augmentation.
+        num_envs: environments that act side by side, for on-policy agents.
     """
     spec = find(name)
+    own = {"num_envs": num_envs} if spec.on_policy else {}
     return spec.build(
-        observation_space, action_space, *(configs or spec.configs), device=device, seed=seed
+        observation_space, action_space, *(configs or spec.configs), device=device, seed=seed, **own
     )

@@ -35,7 +35,7 @@ from experiments.runs import command_line, describe_system
 MOMENTS = {"starting": 0.2, "training": 0.35, "saving": 0.45}
 """Kinds of moments and their shares."""
 LOG_EVERY, CHECKPOINT_EVERY, EVAL_EVERY = 2, 8, 40
-STEPS_PER_KILL = 16
+STEPS_PER_KILL = 48
 """Agent steps of the run for each kill, enough for the last kill to find it at work."""
 RUN_FLAGS = [
     "--preset", "debug", "--device", "cpu", "--threads", "1", "--num-envs", "2",

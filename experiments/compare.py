@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from agents.core.checkpoints import CheckpointStore
-from agents.core.replay import Replay
 from agents.policy import read_config, space_from_json
+from experiments.session import agent_of, make_store
 
 
 def final_state(run: Path) -> dict[str, Any]:
@@ -26,15 +26,10 @@ def final_state(run: Path) -> dict[str, Any]:
         UserError: no run or no whole checkpoint is there.
     """
     config = read_config(run)
-    replay = Replay(
-        space_from_json(config["spaces"]["observation"]),
-        space_from_json(config["spaces"]["action"]),
-        capacity=config["train"]["replay_capacity"],
-        num_envs=config["train"]["num_envs"],
-        frame_stack=config["env"]["frame_stack"],
-        storage="ram",
-        log=lambda line: None,
-    )
+    space = space_from_json(config["spaces"]["observation"])
+    action_space = space_from_json(config["spaces"]["action"])
+    agent = agent_of(config | {"device": "cpu"}, space, action_space, seed=0)
+    replay = make_store(config, space, action_space, agent, storage="ram", log=lambda line: None)
     parts = CheckpointStore(run).load(replay=replay)
     del parts["progress"]["wall_seconds"]
     closed = replay.closed_ids(np.zeros_like(replay.closed))

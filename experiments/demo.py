@@ -14,13 +14,12 @@ from typing import Any
 
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
-from agents.core.loops import LoopSettings
-from agents.core.settings import from_dict
 from agents.policy import read_config
 from experiments import train
 from experiments.arguments import Parser, run_command
 from experiments.evaluate import evaluate_run
 from experiments.report import build_report
+from experiments.settings import read_loop
 
 DEFAULTS = {
     "agent": ("sgqn", "agent"),
@@ -100,10 +99,7 @@ def check_same(run: Path, given: dict[str, Any]) -> None:
 
 def steps_left(run: Path) -> int:
     """Return how many agent steps a run still lacks."""
-    train_settings = read_config(run)["train"]
-    settings = from_dict(
-        LoopSettings, {k: v for k, v in train_settings.items() if k not in ("num_envs", "seed")}
-    )
+    settings = read_loop(read_config(run))
     newest = CheckpointStore(run).latest()
     done = int(newest.name.rpartition("-")[2]) if newest else 0
     return max(settings.steps - done, 0)

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 
 import envs
 from agents import make_agent
-from agents.core.agent import Agent, as_observation
+from agents.core.agent import Agent, OnPolicyAgent, as_observation
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
-from agents.core.fields import free_bytes
 from agents.core.imports import recorded_imports
 from agents.core.logging import Logger, Progress
-from agents.core.loops import Hooks, LoopSettings, OffPolicyLoop
-from agents.core.replay import Batch, Replay
+from agents.core.loops import (
+    Hooks,
+    OffPolicyLoop,
+    OffPolicySettings,
+    OnPolicyLoop,
+    TrainingLoop,
+)
+from agents.core.replay import Replay
+from agents.core.rollout import Rollout
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import from_dict
 from agents.policy import run_identity, space_to_json
 from agents.registry import find
+from experiments.estimates import check_batch, random_batch, random_rollout, seconds_per_call
 from experiments.evaluate import enlarge
 from experiments.rollouts import run_episodes
 from experiments.runs import write_json
+from experiments.settings import read_loop
 
 
 class Session:
@@ -43,10 +52,8 @@ class Session:
     def __init__(self, run: Path, config: dict[str, Any], *, resume: bool) -> None:
         self.run, self.config = run, config
         seeds = spawn_seeds(config["train"]["seed"])[1]
-        self.settings = from_dict(
-            LoopSettings,
-            {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")},
-        )
+        self.settings = read_loop(config)
+        self.spec = find(config["agent"])
         self.evaluation_seed = seeds["evaluation"]
         self.imports = recorded_imports(config)
         self.envs = envs.make_vec(**config["vector"], imports=self.imports, **config["env"])
@@ -60,19 +67,18 @@ class Session:
     def _build(self, seeds: Mapping[str, int], resume: bool) -> None:
         config = self.config
         space = self.envs.single_observation_space
-        self.replay = Replay(
+        self.agent = self.make_agent(seeds["agent"])
+        check_batch(self.agent.replay_settings.batch_size, space, config["device"])
+        self.replay = make_store(
+            config,
             space,
             self.envs.single_action_space,
-            capacity=self.settings.replay_capacity,
-            num_envs=self.envs.num_envs,
-            frame_stack=config["env"]["frame_stack"],
-            device=config["device"],
+            self.agent,
             storage=config["replay_storage"],
+            device=config["device"],
             directory=self.run / "replay-memory",
             seed=seeds["replay"],
         )
-        self.agent = self.make_agent(seeds["agent"])
-        check_batch(self.agent.replay_settings.batch_size, space, config["device"])
         self.checkpoints = CheckpointStore(
             self.run, keep=self.settings.keep_checkpoints, identity=run_identity(config)
         )
@@ -81,7 +87,8 @@ class Session:
         parts = self.checkpoints.load(replay=self.replay) if goes_on else None
         done = parts["progress"]["agent_steps"] if parts else 0
         self.logger = Logger(self.run, resume_from=done if resume else None)
-        self.loop = OffPolicyLoop(
+        loop = OnPolicyLoop if self.spec.on_policy else OffPolicyLoop
+        self.loop: TrainingLoop = loop(
             self.agent,
             self.envs,
             self.replay,
@@ -111,21 +118,10 @@ class Session:
         with suppress(UserError) if kind else nullcontext():
             self.close()
 
-    def make_agent(self, seed: int) -> Agent:
-        """Build an agent as the config says."""
-        spec = find(self.config["agent"])
-        configs = [
-            from_dict(type(config), self.config["configs"][type(config).__name__])
-            for config in spec.configs
-        ]
-        return make_agent(
-            self.config["agent"],
-            self.envs.single_observation_space,
-            self.envs.single_action_space,
-            configs=configs,
-            device=self.config["device"],
-            seed=seed,
-        )
+    def make_agent(self, seed: int, **changes: Any) -> Agent:
+        """Build an agent as the config says, with some fields of its first config changed."""
+        spaces = self.envs.single_observation_space, self.envs.single_action_space
+        return agent_of(self.config, *spaces, seed=seed, **changes)
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Run the loop to its end, or until `stop` says so."""
@@ -182,7 +178,7 @@ class Session:
                 update, seconds = self._twin_update(), {}
                 for count in (most, 1):
                     torch.set_num_threads(count)
-                    seconds[count] = _seconds_per_call(update, calls=8, warmup=2)
+                    seconds[count] = seconds_per_call(update, calls=8, warmup=2)
                 threads = min(seconds, key=seconds.__getitem__)
                 print(
                     f"threads: {threads}, the faster of {most} and 1; --threads {threads} repeats this run exactly"
@@ -191,10 +187,23 @@ class Session:
         torch.set_num_threads(threads)
 
     def _twin_update(self) -> Callable[[], Any]:
-        """Return an update of another agent of the same config, so that nothing of the run is touched."""
-        twin, settings = self.make_agent(seed=0), self.agent.replay_settings
-        batch = _random_batch(self.envs, settings.batch_size, self.config["device"])
-        return lambda: twin.update(batch)
+        """Return a gradient step of another agent of the same config, so that nothing of the run is touched."""
+        size, device = self.agent.replay_settings.batch_size, self.config["device"]
+        if not self.spec.on_policy:
+            twin, batch = self.make_agent(seed=0), random_batch(self.envs, size, device)
+            return lambda: twin.update(batch)
+        length = -(-size // self.envs.num_envs)
+        learner = self.make_agent(seed=0, rollout_length=length, epochs=1, minibatch_size=size)
+        assert isinstance(learner, OnPolicyAgent)
+        rollout = random_rollout(self.envs, learner, self.config["env"]["frame_stack"], device)
+        return lambda: learner.update(rollout.experience())
+
+    def updates_per_step(self) -> float:
+        """Return the gradient steps for each agent step."""
+        if isinstance(self.settings, OffPolicySettings):
+            return self.settings.updates_per_step
+        config = self.config["configs"][type(self.spec.configs[0]).__name__]
+        return config["epochs"] / self.agent.replay_settings.batch_size
 
     def estimate(self) -> str:
         """Return one line on the time, memory and disk that the rest of the run will take, evaluations included.
@@ -202,16 +211,14 @@ class Session:
         Time is measured on a twin of the agent and fresh environments, so that nothing of the run is touched.
         """
         left = self.settings.steps - self.loop.state.progress.agent_steps
-        update = _seconds_per_call(self._twin_update(), calls=6, warmup=2)
+        update = seconds_per_call(self._twin_update(), calls=6, warmup=2)
         probe = envs.make_vec(num_envs=1, workers=0, **self.config["env"])
         probe.reset(seed=0)
-        step = _seconds_per_call(
-            lambda: probe.step(probe.action_space.sample()), calls=10, warmup=2
-        )
+        step = seconds_per_call(lambda: probe.step(probe.action_space.sample()), calls=10, warmup=2)
         probe.close()
-        seconds = left * (self.settings.updates_per_step * update + step)
+        seconds = left * (self.updates_per_step() * update + step)
         seconds += self._evaluations_left(left) * self._episode_steps() * step
-        rows = min(self.settings.replay_capacity, self.settings.steps)
+        rows = min(self.replay.ring * self.replay.num_envs, self.settings.steps)
         bytes_per_row = self.replay.nbytes / (self.replay.ring * self.replay.num_envs)
         weights = sum(
             tensor.numel() * tensor.element_size()
@@ -248,48 +255,57 @@ class Session:
         return float(sum(self.envs.call("render_seconds")))
 
 
-def check_batch(batch_size: int, space: Any, device: str) -> None:
-    """Refuse a batch whose observations alone, as floating point numbers, would not fit the memory.
+def agent_of(
+    config: Mapping[str, Any],
+    space: gym.Space,
+    action_space: gym.Space,
+    *,
+    seed: int,
+    **changes: Any,
+) -> Agent:
+    """Build the agent that a run's config describes, with some fields of its first config changed."""
+    kinds = [type(default) for default in find(config["agent"]).configs]
+    configs = [from_dict(kind, config["configs"][kind.__name__]) for kind in kinds]
+    configs[0] = dataclasses.replace(configs[0], **changes)
+    return make_agent(
+        config["agent"],
+        space,
+        action_space,
+        configs=configs,
+        device=config["device"],
+        seed=seed,
+        num_envs=config["train"]["num_envs"],
+    )
 
-    Raises:
-        UserError: names the size that was asked for.
+
+def make_store(
+    config: Mapping[str, Any],
+    space: gym.Space,
+    action_space: gym.Space,
+    agent: Agent,
+    *,
+    seed: int = 0,
+    **where: Any,
+) -> Replay:
+    """Build what a run's steps go to: a replay, or a rollout.
+
+    Args:
+        config: the run's.
+        space: of one environment's observations.
+        action_space: of one environment's actions.
+        agent: who learns from it.
+        seed: of the batches.
+        **where: device, storage, directory and log of `Replay`.
     """
-    boxes = space.spaces.values() if hasattr(space, "spaces") else (space,)
-    nbytes = 2 * batch_size * sum(4 * int(np.prod(box.shape)) for box in boxes)  # and the next ones
-    free = free_bytes("device" if device != "cpu" else "ram", torch.device(device), None)
-    if nbytes > free:
-        raise UserError(
-            f"a batch of {batch_size:,} needs {nbytes / 1e9:.1f} GB for its observations alone, "
-            f"{free / 1e9:.1f} GB are free; lower --batch-size"
-        )
-
-
-def _random_batch(vector: Any, batch_size: int, device: str) -> Batch:
-    space, action = vector.single_observation_space, vector.single_action_space
-    samples = [space.sample() for _ in range(batch_size)]
-    if isinstance(samples[0], Mapping):
-        stacked: Any = {key: np.stack([s[key] for s in samples]) for key in samples[0]}
-    else:
-        stacked = np.stack(samples)
-    observation = {
-        key: torch.nan_to_num(value.clamp(-10, 10)) if value.is_floating_point() else value
-        for key, value in as_observation(stacked, torch.device(device)).items()
+    shape = {
+        "num_envs": config["train"]["num_envs"],
+        "frame_stack": config["env"]["frame_stack"],
     }
-    ones = torch.ones(batch_size, device=device)
-    actions = torch.as_tensor(np.stack([action.sample() for _ in range(batch_size)]), device=device)
-    ids = torch.zeros(batch_size, dtype=torch.int64)
-    return Batch(observation, actions, ones, 0.99 * ones, observation, ids, {})
-
-
-def _seconds_per_call(call: Callable[[], Any], *, calls: int, warmup: int) -> float:
-    for _ in range(warmup):
-        call()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+    if isinstance(agent, OnPolicyAgent):
+        length, extras = agent.rollout_length, agent.extras
+        return Rollout(space, action_space, length=length, extras=extras, **shape, **where)
+    capacity = config["train"]["replay_capacity"]
+    return Replay(space, action_space, capacity=capacity, seed=seed, **shape, **where)
 
 
 def _as_table(config: Mapping[str, Any], prefix: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 import envs
 from agents.core.errors import UserError
+from agents.core.loops import LoopSettings, OffPolicySettings
+from agents.core.settings import from_dict
+from agents.registry import find
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,21 @@ class VectorSettings:
                 f"num_envs is {self.num_envs}, workers {self.workers}, timeout {self.timeout}; "
                 "give at least 1, at least 0, more than 0"
             )
+
+
+def loop_settings(agent: str) -> LoopSettings:
+    """Return the default settings of the loop that trains an agent."""
+    return LoopSettings() if find(agent).on_policy else OffPolicySettings()
+
+
+def read_loop(config: Mapping[str, Any]) -> LoopSettings:
+    """Return the loop settings that a run's config.json holds.
+
+    Raises:
+        UserError: a value with which no loop can run.
+    """
+    own = {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")}
+    return from_dict(type(loop_settings(config["agent"])), own)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

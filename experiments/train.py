@@ -24,9 +24,8 @@ import envs
 from agents import AGENTS
 from agents.core.errors import UserError
 from agents.core.imports import import_modules, recorded_imports
-from agents.core.loops import LoopSettings
 from agents.core.seeding import spawn_seeds
-from agents.core.settings import from_dict, to_dict
+from agents.core.settings import to_dict
 from agents.policy import SCHEMA, read_config
 from agents.registry import find
 from envs.settings import Settings
@@ -46,8 +45,10 @@ from experiments.settings import (
     VectorSettings,
     check_device,
     find_preset,
+    loop_settings,
     preset_discount,
     protocol_values,
+    read_loop,
 )
 
 DEFAULT_AGENT, DEFAULT_ENV = "sgqn", "dmc/cartpole-swingup"
@@ -90,7 +91,7 @@ def parser(agent: str) -> Parser:
                    help="where the replay lies; auto: device, else RAM, else a file [auto]")  # fmt: skip
     add_dataclass(p, "task", Settings(DEFAULT_ENV), skip=("id", "seed", "foreground_mask"))
     add_dataclass(p, "parallel environments", VectorSettings())
-    add_dataclass(p, "loop", LoopSettings())
+    add_dataclass(p, "loop", loop_settings(agent))
     for config in spec.configs:
         add_dataclass(p, f"{type(config).__name__} ({agent})", config)
     return p
@@ -155,7 +156,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     task = fill(task, {"seed": seeds["environment"]}).resolved()
     assert task.action_repeat is not None
     sources = (preset | preset_discount(name, device, task.action_repeat), protocol, given)
-    loop = fill(LoopSettings(), *sources)
+    loop = fill(loop_settings(given["agent"]), *sources)
     vector = fill(VectorSettings(), *sources)
     configs = [fill(config, *sources) for config in find(given["agent"]).configs]
     return {
@@ -202,8 +203,7 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
 
 def train(run: Path, config: dict[str, Any], *, resume: bool = False) -> None:
     """Train as `config` says, in the folder `run`."""
-    loop = {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")}
-    from_dict(LoopSettings, loop)  # reject bad values before anything is written
+    read_loop(config)  # reject bad values before anything is written
     if not resume:
         make_run_dir(run)
     with stop_on_signal() as stopped, lock_run(run):

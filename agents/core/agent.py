@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.core.errors import UserError
-from agents.core.replay import Batch
+from agents.core.fields import Field
 
 Observation = Mapping[str, Tensor]
 """`pixels` uint8 [B, 3*k, H, W] (RGB of the oldest frame first) and / or `state` float32 [B, D]."""
@@ -56,8 +56,12 @@ class Agent(ABC):
         """
 
     @abstractmethod
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """Take one gradient step on every loss that is due; return 0-d detached metrics under fixed names."""
+    def update(self, batch: Any) -> dict[str, Tensor]:
+        """Learn from a `replay.Batch` (on-policy: a `rollout.Experience`).
+
+        Returns:
+            0-d detached metrics under fixed names.
+        """
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
@@ -132,6 +136,20 @@ class Agent(ABC):
                 )
             self.generator.set_state(tree["generator"].cpu())
             self.load_extra_state(tree["extra"])
+
+
+class OnPolicyAgent(Agent):
+    """What on-policy loops ask beside; `update` takes a `rollout.Experience`, in several gradient steps.
+
+    Attributes:
+        rollout_length: steps of every environment between two updates.
+        extras: fields that `act` gives for every step, and `update` wants back.
+        gradient_updates: gradient steps so far.
+    """
+
+    rollout_length: int
+    extras: Mapping[str, Field]
+    gradient_updates: int
 
 
 def as_observation(observation: Any, device: torch.device) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from agents.core import policy_gradient
 from agents.core.advantages import generalized_advantage
-from agents.core.agent import Agent, Observation
+from agents.core.agent import Observation, OnPolicyAgent, ReplaySettings
 from agents.core.augmentations import random_shift
 from agents.core.distributions import Categorical, Gaussian
 from agents.core.encoders import EncoderName, PixelEncoder
@@ -137,6 +137,14 @@ SURROGATES: dict[str, Callable[[PPOConfig], Callable[[Tensor, Tensor], Tensor]]]
 """From a config to `(log_ratio, advantage) -> loss per sample`, by the surrogate's name."""
 
 
+A2C = PPOConfig(
+    surrogate="reinforce", rollout_length=16, minibatch_size=10**9, epochs=1, learning_rate=7e-4,
+    gae_lambda=1.0, normalize_advantage=False, entropy_coefficient=0.0,
+)  # fmt: skip
+"""Advantage actor-critic (Mnih et al. 2016, https://arxiv.org/abs/1602.01783): one step on all of a short rollout, with
+Stable-Baselines3's step size; its rollouts have 5 steps of more environments."""
+
+
 class ActorValue(nn.Module):
     """Policy and value: behind a shared encoder and projection of pixels, apart from there on.
 
@@ -224,7 +232,7 @@ def regularization_loss(
     return divergence.mean() + F.mse_loss(seen_value, value.detach())
 
 
-class PPO(Agent):
+class PPO(OnPolicyAgent):
     """The agent; see the module's docstring.
 
     Args:
@@ -266,14 +274,19 @@ class PPO(Agent):
             self.network.parameters(), lr=config.learning_rate, eps=1e-5
         )
         self.extras = {"log_prob": Field(), "value": Field()}
+        self.rollout_length, self.gradient_updates = config.rollout_length, 0
+        size = min(config.minibatch_size, config.rollout_length * num_envs)
+        self.replay_settings = ReplaySettings(size, 1, config.discount)
 
     @torch.no_grad()
     def act(
         self, observation: Observation, state: Any = None, *, explore: bool
     ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
-        """See `Agent.act`; continuous actions may leave [-1, 1], where environments clip them."""
+        """See `Agent.act`; what explores may leave [-1, 1]: environments get it clipped, the update as it was drawn."""
         policy, value = self.network(observation)
         action = policy.sample(self.generator) if explore else policy.mode()
+        if self.shape and not explore:
+            action = action.clamp(-1, 1)
         extras = {"log_prob": policy.log_prob(action), "value": value}
         return (
             action.unflatten(-1, self.shape).cpu().numpy() if self.shape else action.cpu().numpy(),
@@ -281,7 +294,7 @@ class PPO(Agent):
             extras,
         )
 
-    def update(self, batch: Experience) -> dict[str, Tensor]:  # type: ignore[override]
+    def update(self, batch: Experience) -> dict[str, Tensor]:
         """Learn from a rollout: several passes of minibatches, then the statistics."""
         config, experience = self.config, batch
         value, old_log_prob = experience.extras["value"], experience.extras["log_prob"]
@@ -355,6 +368,7 @@ class PPO(Agent):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.max_gradient_norm)
         self.optimizer.step()
+        self.gradient_updates += 1
         return {
             "loss/policy": policy_loss.detach(),
             "loss/value": critic_loss.detach(),
@@ -386,9 +400,13 @@ class PPO(Agent):
         return {"network": self.optimizer}
 
     def extra_state(self) -> dict[str, Any]:
-        """Return the generator that orders minibatches."""
-        return {"order": self.order.bit_generator.state}
+        """Return the generator that orders minibatches, and the counter."""
+        return {
+            "order": self.order.bit_generator.state,
+            "gradient_updates": self.gradient_updates,
+        }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the generator that orders minibatches."""
+        """Restore the generator that orders minibatches, and the counter."""
         self.order.bit_generator.state = state["order"]
+        self.gradient_updates = state["gradient_updates"]

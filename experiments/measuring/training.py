@@ -60,12 +60,12 @@ def _measure(agent: str, task: str, device: str, seconds: float) -> list[float]:
         run = Path(folder)
         with Session(run, config, resume=False) as session:
             until = time.monotonic() + seconds
-            enough = 4 * EVERY + session.settings.random_steps
+            enough = 4 * EVERY + config["train"].get("random_steps", 0)
             steps = session.loop.state.progress
             session.loop.hooks.line = lambda _: None
             session.train(lambda: time.monotonic() > until and steps.agent_steps >= enough)
             repeat = config["env"]["action_repeat"]
-            ratio = session.settings.updates_per_step
+            ratio = session.updates_per_step()
         rows = {name: values[3:] for name, values in _log(run / "metrics.csv").items()}
     milliseconds = {name: float(np.mean(rows[f"time/{name}_ms"])) for name in PARTS}
     per_step = float(np.mean(1000 / np.array(rows["time/steps_per_second"])))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from agents.core.agent import Agent, ReplaySettings
 from agents.core.checkpoints import CheckpointStore, load_tree
-from agents.core.errors import UserError
+from agents.core.errors import DivergedError, UserError
 from agents.core.logging import COLUMNS, Logger, Progress
-from agents.core.loops import DivergedError, Hooks, LoopSettings, OffPolicyLoop
+from agents.core.loops import Hooks, OffPolicyLoop, OffPolicySettings
 from agents.core.replay import Batch, Replay
 
 ENVS = 2
@@ -131,7 +131,7 @@ def make_loop(
         FakeAgent(envs, metric),
         envs,  # type: ignore[arg-type]
         replay,
-        LoopSettings(**values),
+        OffPolicySettings(**values),
         logger=Logger(folder),
         checkpoints=CheckpointStore(folder),
         action_repeat=4,
@@ -521,7 +521,7 @@ def test_a_loop_that_is_asked_to_stop_saves_where_it_is(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_settings_that_no_loop_can_run_with_are_refused(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{name} is {value}"):
-        LoopSettings(**{name: value})  # type: ignore[arg-type]
+        OffPolicySettings(**{name: value})  # type: ignore[arg-type]
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:

@@ -24,6 +24,18 @@ TINY = {
 }
 """Flags of a run that learns from its first steps on and takes a second."""
 
+TINY_ON_POLICY = {
+    **{
+        flag: value
+        for flag, value in TINY.items()
+        if flag not in ("--batch-size", "--random-steps")
+    },
+    "--rollout-length": 6,
+    "--minibatch-size": 4,
+    "--epochs": 2,
+}
+"""The same for agents that learn from rollouts."""
+
 TINY_METHODS = {"--decoder-channels": (4, 4)}
 """More of them, for the agents that know them."""
 
@@ -34,7 +46,8 @@ def arguments(agent: str, env: str, run: Path, **flags: Any) -> list[str]:
     `flags` replace those of `TINY`; True stands for a flag without a value.
     """
     size = 24 if env.startswith("toy/") else 32
-    values = {"--agent": agent, "--env": env, "--run-dir": run, "--size": size} | TINY
+    values = {"--agent": agent, "--env": env, "--run-dir": run, "--size": size}
+    values |= TINY_ON_POLICY if find(agent).on_policy else TINY
     if any(hasattr(config, "decoder_channels") for config in find(agent).configs):
         values |= TINY_METHODS
     return as_arguments(values | {"--" + k.replace("_", "-"): v for k, v in flags.items()})

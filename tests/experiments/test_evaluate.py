@@ -17,7 +17,7 @@ import torch
 import envs
 from agents import AGENTS, Policy
 from agents.core.agent import as_observation
-from agents.core.loops import LoopSettings
+from agents.core.loops import OffPolicySettings
 from agents.core.settings import from_dict
 from agents.policy import read_config
 from envs.vector import VectorEnv
@@ -228,7 +228,7 @@ def test_a_policy_tells_which_checkpoint_it_fell_back_to(tmp_path: Path) -> None
 def test_a_runs_config_rebuilds_every_dataclass(run: Path) -> None:
     config = read_config(run)
     loop = {k: v for k, v in config["train"].items() if k not in ("num_envs", "seed")}
-    assert from_dict(LoopSettings, loop).steps == 24
+    assert from_dict(OffPolicySettings, loop).steps == 24
     for default in AGENTS["sgqn"].configs:
         saved = config["configs"][type(default).__name__]
         assert from_dict(type(default), saved) != default, "the run's values, not the defaults"

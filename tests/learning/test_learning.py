@@ -9,6 +9,7 @@ from agents import AGENTS
 from agents.off_policy import ddpg, sac
 from tests.learning.training import score, train
 
+OFF_POLICY = sorted(name for name, spec in AGENTS.items() if not spec.on_policy)
 STEPS = 1200
 FEW_UPDATES = {"steps": 550, "num_envs": 4}
 LEARNED = 17.0
@@ -32,10 +33,7 @@ def test_agents_learn_from_a_state(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] if n == "drqv2-sgqn" else [])
-        for n in sorted(AGENTS)
-    ],
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "drqv2-sgqn" else []) for n in OFF_POLICY],
 )
 def test_agents_learn_from_pixels(name):
     """SAC's family on half the updates and twice the pictures: 18.5 and more at seed 0, 16.9 and more at 1 and 2."""
@@ -116,13 +114,13 @@ def test_that_is_so_on_every_base_and_seed(name, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(AGENTS))
+@pytest.mark.parametrize("name", OFF_POLICY)
 def test_shuffled_rewards_teach_nothing_from_pixels(name):
     assert score(train(name, steps=STEPS, shuffle_rewards=True)) < NOT_LEARNED
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(AGENTS))
+@pytest.mark.parametrize("name", OFF_POLICY)
 def test_an_actor_with_the_wrong_sign_does_not_learn_from_pixels(name, monkeypatch):
     for module in (sac, ddpg):
         right = module.actor_loss
