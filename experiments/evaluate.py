@@ -190,17 +190,19 @@ def evaluate_run(
 
 def summary(result: dict[str, Any]) -> str:
     """Return the table that a person reads after an evaluation."""
+    rows = {"random policy": result["random_policy"], **result["results"]}
+    width = max(map(len, rows))
     lines = [
         f"{result['agent_steps']:,} agent steps, {result['env_frames']:,} environment frames, "
         f"{result['gradient_updates']:,} gradient updates; "
         f"{result['episodes_per_distraction']} episodes each, {result['split']} split",
-        f"{'':>14}  {'mean':>7}  {'std':>6}  {'min':>6}  {'max':>6}  success  saliency on the body (its area)",
+        f"{'':>{width}}  {'mean':>7}  {'std':>6}  {'min':>6}  {'max':>6}  success  saliency on the body (its area)",
     ]
-    for name, row in {"random policy": result["random_policy"], **result["results"]}.items():
+    for name, row in rows.items():
         r = np.asarray(row["returns"])
         rate = f"{np.mean(row['success']):7.0%}" if row["success"] else "      -"
         lines.append(
-            f"{name:>14}  {r.mean():7.1f}  {r.std():6.1f}  {r.min():6.1f}  {r.max():6.1f}  {rate}"
+            f"{name:>{width}}  {r.mean():7.1f}  {r.std():6.1f}  {r.min():6.1f}  {r.max():6.1f}  {rate}"
             f"  {_looks(row)}".rstrip()
         )
     return "\n".join(lines)

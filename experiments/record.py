@@ -24,7 +24,7 @@ from tqdm import tqdm
 import envs
 from agents import Policy
 from agents.core.errors import UserError
-from agents.core.saliency import panels
+from agents.core.pictures import panels
 from agents.policy import read_config
 from experiments.arguments import Parser, run_command
 from experiments.captions import Caption

@@ -76,28 +76,6 @@ def mask_channels(mask: Tensor) -> Tensor:
     return mask.repeat_interleave(3, dim=1)
 
 
-def panels(frames: np.ndarray, saliency: np.ndarray) -> np.ndarray:
-    """Draw frames, saliency, and both together side by side.
-
-    Saliency is scaled by its 99th percentile per picture, so that one hot pixel does not hide the rest.
-
-    Args:
-        frames: [N, H, W, 3] in [0, 255].
-        saliency: float [N, H, W], not negative.
-
-    Returns:
-        uint8 [N, H, 3*W, 3].
-    """
-    colors = frames.astype(np.float32) / 255
-    scale = np.quantile(saliency, 0.99, axis=(1, 2), keepdims=True) + 1e-12
-    heat = np.clip(saliency / scale, 0, 1)[..., None]
-    gray = colors.mean(-1, keepdims=True)
-    hot = np.concatenate([heat, heat * heat * 0.6, np.zeros_like(heat)], axis=-1)
-    both = np.clip(0.45 * gray * (1 - heat) + hot, 0, 1)
-    rows = np.concatenate([colors, np.repeat(heat, 3, -1), both], axis=2)
-    return (rows * 255).round().astype(np.uint8)
-
-
 @dataclass(frozen=True)
 class SaliencyScores:
     """How much of an agent's saliency falls on the foreground, each float64 [B] in [0, 1], NaN without foreground.

@@ -29,12 +29,12 @@ from agents.core.encoders import EncoderName, PixelEncoder
 from agents.core.errors import UserError
 from agents.core.fields import observation_boxes
 from agents.core.networks import Trunk, TwinQ, gradient_norm, polyak_update
+from agents.core.pictures import newest_frames
 from agents.core.replay import Batch
 from agents.off_policy.critic_methods import (
     CriticMethod,
     MethodConfig,
     critic_saliency,
-    newest_frames,
 )
 
 Precision = Literal["auto", "fp32", "bf16"]

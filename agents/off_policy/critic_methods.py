@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.core.agent import Observation
-from agents.core.saliency import SaliencyRule, frame_saliency, input_gradient, panels
+from agents.core.pictures import overlay_grid
+from agents.core.saliency import SaliencyRule, frame_saliency, input_gradient
 
 
 @dataclass
@@ -116,16 +117,3 @@ def critic_saliency(
         seen["pixels"] = seen["pixels"].detach().requires_grad_()
         value = critic(critic.encode(seen), action)[0]
         return frame_saliency(input_gradient(value, seen["pixels"], rule))
-
-
-def overlay_grid(pixels: Tensor, saliency: Tensor, samples: int = 4) -> np.ndarray:
-    """Draw the newest frame, the saliency, and both together, one row per sample, uint8 [n*H, 3*W, 3]."""
-    frames = pixels[:samples, -3:].float().cpu().numpy().transpose(0, 2, 3, 1)
-    rows = panels(frames, saliency[:samples, -1].detach().float().cpu().numpy())
-    return rows.reshape(-1, *rows.shape[2:])
-
-
-def newest_frames(pixels: Tensor, samples: int = 4) -> np.ndarray:
-    """Return the newest frame of the first samples side by side, uint8 [H, n*W, 3]."""
-    frames = pixels[:samples, -3:].clamp(0, 255).to(torch.uint8).cpu().numpy()
-    return np.concatenate(list(frames.transpose(0, 2, 3, 1)), axis=1)

@@ -26,13 +26,13 @@ from agents.core.agent import Observation
 from agents.core.augmentations import StrongAugmentation
 from agents.core.errors import UserError
 from agents.core.networks import ReLU, doubled_convolution
+from agents.core.pictures import overlay_grid
 from agents.core.saliency import frame_saliency, input_gradient, mask_channels, quantile_mask
 from agents.off_policy.critic_methods import (
     CriticLoss,
     CriticMethod,
     MethodConfig,
     critic_saliency,
-    overlay_grid,
     td_loss,
 )
 from agents.off_policy.svea import StrongView

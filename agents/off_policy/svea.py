@@ -22,11 +22,11 @@ from agents.core.agent import Observation
 from agents.core.augmentations import StrongAugmentation, overlay, random_convolution
 from agents.core.errors import UserError
 from agents.core.overlays import OverlayImages
+from agents.core.pictures import newest_frames
 from agents.off_policy.critic_methods import (
     CriticLoss,
     CriticMethod,
     MethodConfig,
-    newest_frames,
     td_loss,
 )
 

@@ -39,7 +39,9 @@ from agents.core.errors import UserError
 from agents.core.fields import Field, observation_boxes
 from agents.core.networks import Trunk
 from agents.core.normalizers import RewardScale, RunningMoments
+from agents.core.pictures import overlay_grid
 from agents.core.rollout import Experience
+from agents.core.saliency import frame_saliency, input_gradient
 
 Surrogate = Literal[
     "ppo_clip", "dual_clip", "masked", "spo", "discovered_drift", "asymmetric_trust_region",
@@ -178,14 +180,26 @@ class ActorValue(nn.Module):
         if not is_discrete:
             self.log_std = nn.Parameter(torch.full((parts,), config.initial_log_std))
 
+    def normalize(self, observation: Observation) -> dict[str, Tensor]:
+        """Bring pixels and states to the networks' range."""
+        seen = dict(observation)
+        if self.encoder is not None:
+            seen["pixels"] = self.encoder.normalize(observation["pixels"])
+        if self.moments is not None:
+            seen["state"] = self.moments.normalize(observation["state"])
+        return seen
+
     def forward(self, observation: Observation) -> tuple[Gaussian | Categorical, Tensor]:
         """Return the policy's distribution and the values [B]."""
+        return self.judge(self.normalize(observation))
+
+    def judge(self, normalized: Observation) -> tuple[Gaussian | Categorical, Tensor]:
+        """Return what `forward` does, of a normalized observation."""
         parts = []
         if self.encoder is not None:
-            parts.append(self.encoder(self.encoder.normalize(observation["pixels"])))
-        if "state" in observation:
-            state = observation["state"]
-            parts.append(self.moments.normalize(state) if self.moments else state)
+            parts.append(self.encoder(normalized["pixels"]))
+        if "state" in normalized:
+            parts.append(normalized["state"])
         features = self.trunk(torch.cat(parts, dim=1))
         head, value = self.actor(features), self.critic(features)[:, 0]
         policy = Categorical(head) if self.log_std is None else Gaussian(head, self.log_std)
@@ -390,6 +404,21 @@ class PPO(OnPolicyAgent):
         if self.network.moments is not None:
             index = experience.kept.flatten().nonzero()[:, 0].cpu()
             self.network.moments.update(experience.observation(index)["state"])
+
+    def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
+        """Return where the value looks, by guided backpropagation."""
+        if "pixels" not in observation:
+            return None
+        with torch.enable_grad():
+            seen = self.network.normalize(observation)
+            seen["pixels"] = seen["pixels"].detach().requires_grad_()
+            _, value = self.network.judge(seen)
+            return frame_saliency(input_gradient(value, seen["pixels"], "guided")).float()
+
+    def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
+        """Return the saliency over the newest frames."""
+        seen = self.saliency(observation, action)
+        return {} if seen is None else {"saliency": overlay_grid(observation["pixels"], seen)}
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the modules to save, statistics among them."""

@@ -25,7 +25,10 @@ RENDERED = (
     "metaworld/drawer-open",
     "gym/HalfCheetah-v5",
 )
-DISTRACTIONS = ("clean", "color_hard", "video_easy", "video_hard")
+DISTRACTIONS = (
+    "clean", "color_hard", "video_easy", "video_hard", "camera_hard", "light_hard", "noise_hard",
+    "textures", "dcs_hard", "randomized",
+)  # fmt: skip
 STEPPED = ("dmc/walker-walk", "toy/reach")
 NUM_ENVS = 2
 

@@ -197,3 +197,21 @@ def test_every_surrogate_can_be_named():
     from agents.on_policy.ppo import Surrogate
 
     assert set(typing.get_args(Surrogate)) == set(SURROGATES)
+
+
+def test_it_tells_where_its_value_looks():
+    agent = PPO(BOTH, CONTINUOUS, dataclasses.replace(TINY, normalize_observation=False))
+    seen = {
+        "pixels": torch.randint(0, 256, (5, 6, 24, 24), dtype=torch.uint8),
+        "state": torch.randn(5, 4),
+    }
+    before = agent.generator.get_state()
+    saliency = agent.saliency(seen, torch.zeros(5, 2))
+    assert saliency.shape == (5, 2, 24, 24)
+    assert (saliency >= 0).all()
+    assert saliency.sum() > 0
+    assert agent.images(seen, torch.zeros(5, 2))["saliency"].dtype == np.uint8
+    assert torch.equal(agent.generator.get_state(), before)
+    assert (
+        PPO(STATE, CONTINUOUS, TINY).saliency({"state": seen["state"]}, torch.zeros(5, 2)) is None
+    )

@@ -12,11 +12,11 @@ from torch import nn
 
 from agents.core.encoders import PixelEncoder
 from agents.core.networks import ReLU, mlp
+from agents.core.pictures import panels
 from agents.core.saliency import (
     frame_saliency,
     input_gradient,
     mask_channels,
-    panels,
     quantile_mask,
     score_saliency,
 )

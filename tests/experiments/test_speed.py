@@ -206,7 +206,7 @@ def test_what_is_timed_as_shipped_is_the_same_picture(family: str) -> None:
 
 def test_distractions_are_compared_with_the_clean_picture() -> None:
     (table,) = environments.distractions(TINY, "toy/reach")
-    names = ["clean", "color_hard", "video_easy", "video_hard", "clean, supersample 4"]
+    names = [*environments.DISTRACTIONS, "clean, supersample 4"]
     check_whole(table, names)
     times = np.array(table.column("ms per picture"), float)
     np.testing.assert_allclose(np.array(table.column("more than clean"), float), times - times[0])
