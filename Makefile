@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev,data
-STAMP := $(VENV)/.sightline-installed
+comma := ,
+STAMP := $(VENV)/.sightline-installed-$(subst $(comma),-,$(EXTRAS))
 TORCH := $(VENV)/.torch-installed
 
 # Debian's packages: Mesa's software GL; and all that a bare system lacks.

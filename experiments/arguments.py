@@ -10,6 +10,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from agents.core.errors import UserError, is_full_disk
@@ -63,6 +64,27 @@ def fill(defaults: T, *sources: Mapping[str, Any]) -> T:
     names = {field.name for field in dataclasses.fields(defaults)}  # type: ignore[arg-type]
     changes = {key: value for source in sources for key, value in source.items() if key in names}
     return dataclasses.replace(defaults, **changes)  # type: ignore[type-var]
+
+
+def add_out_flags(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--out FILE.md` and `--overwrite`; see `check_out`."""
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help=f"write {what} there too")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file")
+
+
+def check_out(out: Path | None, *, overwrite: bool) -> None:
+    """Refuse a file that could not be written after all the work, or that would be lost by it.
+
+    Raises:
+        UserError: it is a folder, in a folder that is missing, or there already.
+    """
+    if out is None:
+        return
+    if out.is_dir() or not out.parent.is_dir():
+        why = "is a folder" if out.is_dir() else f"folder '{out.parent}' does not exist"
+        raise UserError(f"--out {out}: {why}; give a file in a folder that exists")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out} exists; add --overwrite or give another file")
 
 
 def _flag(hint: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Exits with 1 where they differ. The log is Markdown. A kill takes some seconds, 
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.registry import find
 from envs.registry import get_spec
-from experiments.arguments import Parser, run_command
+from experiments.arguments import Parser, add_out_flags, check_out, run_command
 from experiments.compare import run_difference
 from experiments.runs import command_line, describe_system
 
@@ -76,7 +77,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, default=0, help="of the run and of the moments [0]")
     p.add_argument("--steps", type=int, help=f"agent steps of the run [{STEPS_PER_KILL} per kill]")
     p.add_argument("--folder", type=Path, help="keep both runs here [a temporary folder]")
-    p.add_argument("--out", type=Path, metavar="FILE.md", help="write the log there too")
+    add_out_flags(p, "the log")
     p.add_argument("train_flags", nargs="*", metavar="-- FLAGS", help="flags for experiments.train")
     return p
 
@@ -90,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--kills and --steps must be at least 1, --workers and --seed at least 0")
     find(arguments.agent)
     get_spec(arguments.env)
-    if arguments.out is not None and not arguments.out.parent.is_dir():
-        raise UserError(f"--out {arguments.out}: folder '{arguments.out.parent}' does not exist")
+    check_out(arguments.out, overwrite=arguments.overwrite)
     flags = [
         "--agent", arguments.agent, "--env", arguments.env, "--steps", str(steps),
         "--seed", str(arguments.seed), "--workers", str(arguments.workers),
@@ -159,10 +159,13 @@ class Child:
             words = ["--resume", str(run)]
         self._log = run.with_name(f"{run.name}.log")
         self.started = time.time_ns()
+        # From where the user stands, so that flags mean the same files; and this very source, wherever that is.
+        home = str(Path(__file__).resolve().parent.parent)
+        paths = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
         with self._log.open("w") as handle:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.train", *words],
-                cwd=Path(__file__).resolve().parent.parent, stdout=handle, stderr=handle,
+                env=os.environ | {"PYTHONPATH": paths}, stdout=handle, stderr=handle,
             )  # fmt: skip
 
     def __enter__(self) -> Child:

@@ -111,7 +111,7 @@ def source(
     """Return the environment's settings, what is remembered of the source, and how an environment is acted in."""
     about: dict[str, Any] = {"seed": given["seed"], "commit": git_commit()}
     if given["run"]:
-        imports = import_for_run(read_config(given["run"]), given["imports"])
+        imports = import_for_run(read_config(given["run"]), given["imports"], folder=given["run"])
         policy = Policy.load(
             given["run"], checkpoint=given["checkpoint"], device=check_device(given["device"])
         )

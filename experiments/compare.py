@@ -6,6 +6,7 @@ Wall-clock is left out: it is the one thing in which two equal runs differ.
 from __future__ import annotations
 
 import csv
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,19 +109,21 @@ def run_difference(left: Path, right: Path) -> str | None:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        left, right = _array(left), _array(right)
-    if isinstance(left, np.ndarray):
+    if isinstance(left, torch.Tensor | np.ndarray):
         same = left.dtype == right.dtype and left.shape == right.shape
-        return same and left.tobytes() == right.tobytes()
+        return same and _bytes(left) == _bytes(right)
+    if isinstance(left, float):  # 0.0 and -0.0 differ, a NaN equals itself
+        return struct.pack("d", left) == struct.pack("d", right)
     return bool(left == right)
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor's bytes; NumPy does not know every dtype of torch."""
-    if not tensor.numel():
-        return tensor.numpy()
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+def _bytes(values: torch.Tensor | np.ndarray) -> bytes:
+    """Return what is in memory; NumPy does not know every dtype of torch."""
+    if isinstance(values, np.ndarray):
+        return values.tobytes()
+    if not values.numel():
+        return b""
+    return values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _short(leaf: Any) -> str:

@@ -21,6 +21,9 @@ from experiments.evaluate import evaluate_run
 from experiments.report import build_report
 from experiments.settings import read_loop
 
+RESULT = "demo"
+"""Name of the evaluation."""
+
 DEFAULTS = {
     "agent": ("sgqn", "agent"),
     "env": ("dmc/cartpole-swingup", "task"),
@@ -70,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on")
         return 130
     print("\nevaluation under distractions that training never showed")
-    evaluate_run(run, episodes=arguments.episodes, overwrite=True)
+    # A name of its own, so that nobody's evaluation is replaced.
+    evaluate_run(run, episodes=arguments.episodes, name=RESULT, overwrite=True)
     page = build_report([run], run / "report", overwrite=True)
     print(f"\nreport: {page.resolve()}\ncurves: tensorboard --logdir {run}")
     return 0

@@ -117,7 +117,7 @@ def evaluate_run(
         UserError: no run there, a module that it needs is missing, an unknown distraction, or a result of that name
             exists.
     """
-    imports = import_for_run(read_config(run), imports)
+    imports = import_for_run(read_config(run), imports, folder=run)
     policy = Policy.load(run, checkpoint=checkpoint, device=check_device(device))
     task = policy.config["env"]
     counts = policy.progress

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--episodes and --scale must be at least 1")
     if given.fps is not None and not 0 < given.fps <= 1000:
         raise UserError(f"--fps is {given.fps}; give a number above 0, at most 1000")
-    import_for_run(read_config(given.run), given.imports)
+    import_for_run(read_config(given.run), given.imports, folder=given.run)
     policy = Policy.load(given.run, checkpoint=given.checkpoint, device=check_device(given.device))
     task = policy.config["env"]
     videos = task["videos"] if given.videos is None else given.videos

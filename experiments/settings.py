@@ -146,6 +146,7 @@ def protocol_values(name: str | None, env: str) -> dict[str, Any]:
         "encoder": protocol.encoder,
         "updates_per_step": protocol.updates_per_step,
         "batch_size": protocol.batch_size,
+        "episode_length": spec.episode_length,
     }
 
 

@@ -13,11 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from agents.core.errors import UserError
 from envs.rendering import resolve_quality
-from experiments.arguments import Parser, run_command
+from experiments.arguments import Parser, add_out_flags, check_out, run_command
 from experiments.measuring.timing import Table
 from experiments.runs import command_line, describe_system
 from experiments.settings import check_device
@@ -31,7 +30,7 @@ def parser() -> Parser:
     p.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="what to measure [all of it]")
     p.add_argument("--seconds", type=float, default=4.0, help="time for each comparison, about [4]")
     p.add_argument("--device", default="cpu", help="of the updates: cpu, cuda or auto [cpu]")
-    p.add_argument("--out", type=Path, metavar="FILE.md", help="write the tables there too")
+    add_out_flags(p, "the tables")
     return p
 
 
@@ -45,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < arguments.seconds < float("inf"):
         raise UserError(f"--seconds is {arguments.seconds}; give a positive number")
     device = check_device(arguments.device)
-    if arguments.out is not None and not arguments.out.parent.is_dir():
-        raise UserError(f"--out {arguments.out}: folder '{arguments.out.parent}' does not exist")
+    check_out(arguments.out, overwrite=arguments.overwrite)
     sections = [_header()]
     print(sections[0])
     for name, measure in _measures(arguments.parts or PARTS, device):

@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if known.resume:
         config = read_config(known.resume)
         agent = config["agent"]
-        import_for_run(config, known.imports)
+        import_for_run(config, known.imports, folder=known.resume)
     else:
         import_modules(known.imports)
     given = vars(parser(agent).parse_args(argv))
@@ -131,10 +131,11 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     """Return config.json's content for parsed flags: everything resolved, nothing left to defaults."""
     device = check_device(given["device"])
     protocol = protocol_values(given.get("protocol"), given["env"])
-    for name in ("encoder", "updates_per_step"):  # the task's fields are checked by `Settings`
-        if name in protocol and given.get(name, protocol[name]) != protocol[name]:
+    for name in protocol.keys() & given.keys() - {"quality"}:
+        if given[name] != protocol[name]:
+            fixed = "the task's own" if protocol[name] is None else protocol[name]
             raise UserError(
-                f"{name} is {given[name]}, but protocol '{given['protocol']}' fixes {protocol[name]}; "
+                f"{name} is {given[name]}, but protocol '{given['protocol']}' fixes {fixed} for {given['env']}; "
                 f"leave out --{name.replace('_', '-')} or the protocol"
             )
     quality = given.get("quality", protocol.get("quality"))

@@ -91,6 +91,8 @@ def n_step_return(
         discount: gamma, in [0, 1].
         steps: at least 1.
     """
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}; give at least 1, or None for all")
     reward, last = reward.float(), len(reward) - 1
     bootstrap = reward + discount * next_value.float() * ~terminated
     ended = terminated | truncated
@@ -186,12 +188,13 @@ def set_level(score: Tensor, members: Tensor, start: Tensor, rollouts: int) -> G
         rollouts: how many there are.
 
     Returns:
-        Advantages [rollouts]; rollouts in no set are not kept.
+        Advantages [rollouts]; not kept are rollouts in no set, or only in sets that nothing is compared with.
     """
     score = score.float()
-    index, _, mean = _by_group(score, start)
-    advantage = (score - mean[index])[:, None].expand(members.shape).reshape(-1)
-    place = members.reshape(-1)
+    index, sets, mean = _by_group(score, start)
+    compared = sets[index] > 1
+    advantage = (score - mean[index])[compared, None].expand(-1, members.shape[1]).reshape(-1)
+    place = members[compared].reshape(-1)
     total = score.new_zeros(rollouts).index_add_(0, place, advantage)
     count = score.new_zeros(rollouts).index_add_(0, place, torch.ones_like(advantage))
     return GroupAdvantage(total / count.clamp(min=1), count > 0)

@@ -2,7 +2,7 @@
 
 A run's config.json names the modules that it was trained with. Nobody imports them just because a folder says so: a
 module must be installed here, and a person asks for it, by `--import`, by a command on that run (which tells before it
-imports), or by `Policy.load(run, imports=True)`. Nothing in a run folder is ever on the path or unpickled.
+imports), or by `Policy.load(run, imports=True)`. Commands do not take a module from the run folder itself.
 """
 
 from __future__ import annotations

@@ -59,7 +59,10 @@ class RewardScale(nn.Module):
         super().__init__()
         self.discount = discount
         self.moments = RunningMoments()
-        self.register_buffer("running", torch.zeros(num_envs, dtype=torch.float64))
+        # Not a weight: a policy is loaded with any number of environments.
+        self.register_buffer(
+            "running", torch.zeros(num_envs, dtype=torch.float64), persistent=False
+        )
 
     @torch.no_grad()
     def update(self, reward: Tensor, ended: Tensor) -> None:

@@ -229,22 +229,21 @@ class TrainingLoop(ABC):
         while progress.agent_steps < settings.steps and not self.hooks.stop():
             try:
                 self._step()
-            except (
-                UserError
-            ):  # such as a video that cannot be read: the environments are in the middle of a step
+            except UserError:
+                # Such as a video that cannot be read: the environments are in the middle of a step.
                 if self._saved != progress.agent_steps:
                     self.save(environments=False)
                 raise
             progress.wall_seconds = time.perf_counter() - self._started
             bar.update(progress.agent_steps - bar.n)
-            if self._due(settings.log_every):
+            # The last line comes before the last checkpoint: what is in it must not be counted again after a resume
+            # with more steps. A run that is asked to stop writes none: its next line is whole when it goes on.
+            if self._due(settings.log_every) or progress.agent_steps >= settings.steps:
                 self._log(bar)
             if settings.eval_every and self._due(settings.eval_every):
                 self._evaluate()
             if self._due(settings.checkpoint_every):
                 self.save()
-        if self._log_mark[1] != progress.agent_steps:
-            self._log(bar)
         if self._saved != progress.agent_steps:
             self.save()
         bar.close()

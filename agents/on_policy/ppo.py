@@ -103,9 +103,16 @@ class PPOConfig:
         for name in ("rollout_length", "minibatch_size", "epochs", "feature_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
-        for name in ("clip", "target_kl", "learning_rate", "max_gradient_norm"):
+        for name in ("target_kl", "learning_rate", "max_gradient_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        if not 0 < self.clip < 1:
+            raise UserError(f"clip is {self.clip}; give a number in (0, 1)")
+        for name in ("learning_rate", "initial_log_std"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}; give a finite number")
+        if min(self.hidden, default=1) < 1:
+            raise UserError(f"hidden is {self.hidden}; give positive widths")
         for name in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number in [0, 1]")
@@ -270,6 +277,8 @@ class PPO(OnPolicyAgent):
     ) -> None:
         if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete):
             raise UserError(f"PPO acts in Box and Discrete spaces, not in {action_space}")
+        if getattr(action_space, "start", 0) != 0:
+            raise UserError(f"PPO numbers actions from 0, not as in {action_space}")
         self.config, self.device = config, torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = np.random.default_rng(seed)
@@ -311,6 +320,8 @@ class PPO(OnPolicyAgent):
     def update(self, batch: Experience) -> dict[str, Tensor]:
         """Learn from a rollout: several passes of minibatches, then the statistics."""
         config, experience = self.config, batch
+        if not experience.kept.any():  # every worker died in every step
+            return {}
         value, old_log_prob = experience.extras["value"], experience.extras["log_prob"]
         reward = self.rewards.scale(experience.reward) if config.scale_reward else experience.reward
         advantage = generalized_advantage(
@@ -340,7 +351,8 @@ class PPO(OnPolicyAgent):
         self._take_in(experience)
         names = metrics[0].keys()
         kept = experience.kept
-        unexplained = (target - value)[kept].var() / target[kept].var().clamp(min=1e-12)
+        spread = target[kept].var(correction=0)
+        unexplained = (target - value)[kept].var(correction=0) / spread.clamp(min=1e-12)
         return {name: torch.stack([m[name] for m in metrics]).mean() for name in names} | {
             "ratio/first_deviation": metrics[0]["ratio/largest_deviation"],
             "value/explained_variance": 1 - unexplained,
@@ -433,9 +445,11 @@ class PPO(OnPolicyAgent):
         return {
             "order": self.order.bit_generator.state,
             "gradient_updates": self.gradient_updates,
+            "running_returns": self.rewards.running.clone(),
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the generator that orders minibatches, and the counter."""
         self.order.bit_generator.state = state["order"]
         self.gradient_updates = state["gradient_updates"]
+        self.rewards.running.copy_(state["running_returns"])

@@ -62,6 +62,7 @@ def _measure(agent: str, task: str, device: str, seconds: float) -> list[float]:
             until = time.monotonic() + seconds
             enough = 4 * EVERY + config["train"].get("random_steps", 0)
             steps = session.loop.state.progress
+            session.settle_threads()
             session.loop.hooks.line = lambda _: None
             session.train(lambda: time.monotonic() > until and steps.agent_steps >= enough)
             repeat = config["env"]["action_repeat"]

@@ -191,12 +191,15 @@ def test_leave_one_out_gives_the_policy_gradient_without_bias():
 
 
 def test_set_level_advantages_are_shared_by_the_members_and_averaged_over_sets():
-    score = torch.tensor([3.0, 1.0, 5.0, 5.0])
-    members = torch.tensor([[0, 1], [1, 2], [3, 4], [3, 5]])
-    start = torch.tensor([0, 0, 1, 1])
-    result = set_level(score, members, start, rollouts=7)
-    torch.testing.assert_close(result.advantage, torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0]))
-    assert result.kept.tolist() == [True] * 6 + [False]
+    score = torch.tensor([3.0, 1.0, 5.0, 5.0, 9.0])
+    members = torch.tensor([[0, 1], [1, 2], [3, 4], [3, 5], [6, 6]])
+    start = torch.tensor([0, 0, 1, 1, 2])
+    result = set_level(score, members, start, rollouts=8)
+    expected = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(result.advantage, expected)
+    assert result.kept.tolist() == [True] * 6 + [False] * 2, (
+        "one set alone is compared with nothing"
+    )
 
 
 def test_conditions_are_compared_with_their_own_past_once_it_is_long_enough():

@@ -138,6 +138,29 @@ def test_a_restored_agent_goes_on_bit_for_bit(space):
             assert torch.equal(value, theirs[name].state_dict()[key]), f"{name}.{key}"
 
 
+def test_weights_load_whatever_the_number_of_environments():
+    first = PPO(STATE, CONTINUOUS, TINY, num_envs=ENVS)
+    first.update(collect(first, STATE, CONTINUOUS).experience())
+    other = PPO(STATE, CONTINUOUS, TINY)
+    other.load_state_dict(first.state_dict(weights_only=True))
+    seen = {"state": torch.randn(5, 4)}
+    assert (other.act(seen, explore=False)[0] == first.act(seen, explore=False)[0]).all()
+
+
+def test_a_rollout_of_lost_steps_teaches_nothing():
+    agent = PPO(STATE, CONTINUOUS, dataclasses.replace(TINY, rollout_length=1), num_envs=ENVS)
+    rollout = Rollout(
+        STATE, CONTINUOUS, length=1, num_envs=ENVS, extras=agent.extras, log=lambda _: None
+    )
+    seen, never = np.zeros((ENVS, 4), np.float32), np.zeros(ENVS, bool)
+    rollout.start(seen)
+    action, _, extras = agent.act({"state": torch.from_numpy(seen)}, explore=True)
+    rollout.add(action, np.zeros(ENVS), never, never, seen, dropped=~never, extras=extras)
+    before = copy.deepcopy(agent.network.state_dict())
+    assert agent.update(rollout.experience()) == {}
+    assert all(torch.equal(v, before[k]) for k, v in agent.network.state_dict().items())
+
+
 def test_the_greedy_action_is_the_mode_and_draws_differ():
     agent = PPO(STATE, DISCRETE, TINY)
     seen = {"state": torch.randn(50, 4)}
@@ -175,6 +198,10 @@ def test_dracs_term_is_the_divergence_and_stops_at_the_picture_as_it_is(kind):
     [
         ("epochs", 0),
         ("clip", 0.0),
+        ("clip", 2.0),
+        ("initial_log_std", math.nan),
+        ("learning_rate", math.inf),
+        ("hidden", (0,)),
         ("discount", 1.5),
         ("entropy_coefficient", -1.0),
         ("surrogate", "pop_clip"),

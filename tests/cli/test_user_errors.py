@@ -20,9 +20,11 @@ import agents.core.fields
 from agents import Policy
 from agents.core.errors import UserError
 from agents.policy import read_config
+from experiments.campaign import main as campaign
 from experiments.compare import final_state
 from experiments.demo import main as demo
 from experiments.evaluate import main as evaluate
+from experiments.speed import main as speed
 from experiments.train import main, new_config, parser
 from tests.experiments.helpers import arguments, train
 
@@ -180,6 +182,35 @@ def test_the_demo_refuses_flags_of_another_run_than_its_folder_holds(
     assert "--agent is svea, but the run in" in line
     assert "has drq" in line
     assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--batch-size 16", "batch_size is 16, but protocol 'dmc-gb' fixes 128"),
+        ("--camera 1", "camera is 1, but protocol 'dmc-gb' fixes the task's own"),
+        ("--episode-length 100", "episode_length is 100, but protocol 'dmc-gb' fixes 1000"),
+        ("--encoder drqv2", "encoder is drqv2, but protocol 'dmc-gb' fixes dmc-gb"),
+    ],
+)
+def test_what_a_protocol_fixes_cannot_be_changed(
+    flags: str, said: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    words = ["--env", "dmc/walker-walk", "--protocol", "dmc-gb", "--run-dir", tmp_path / "new"]
+    assert said in refused(*words, *flags.split())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", [speed, campaign])
+def test_files_that_would_be_lost_or_cannot_be_written_are_refused_before_the_work(
+    command: Command, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    kept = tmp_path / "kept.md"
+    kept.write_text("precious")
+    assert "exists; add --overwrite" in refused("--out", kept, command=command)
+    assert "is a folder" in refused("--out", tmp_path, command=command)
+    assert "does not exist" in refused("--out", tmp_path / "no" / "file.md", command=command)
+    assert kept.read_text() == "precious"
 
 
 def test_another_quality_than_the_protocols_is_warned_of() -> None:

@@ -106,3 +106,18 @@ def test_a_run_without_a_best_checkpoint_differs_from_one_that_has_it(
     assert json.loads((run / "checkpoints" / "best" / "manifest.json").read_text())
     shutil.rmtree(copy / "checkpoints" / "best")
     assert run_difference(run, copy) == "best checkpoint: : dict and NoneType"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (torch.zeros(4), torch.zeros(4, dtype=torch.int32)),
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        (torch.zeros(0, dtype=torch.bfloat16), torch.zeros(0)),
+        (0.0, -0.0),
+    ],
+)
+def test_kinds_and_shapes_count_too(left: object, right: object) -> None:
+    assert difference(left, right) is not None
+    assert difference(left, left) is None
+    assert difference(float("nan"), float("nan")) is None

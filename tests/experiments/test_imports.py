@@ -285,3 +285,13 @@ def test_the_benchmark_hands_its_modules_on(
     folders = ["--runs", str(tmp_path), "--out", str(tmp_path)]
     assert benchmark([*words, *folders, "--import", "third_party"]) == 2  # nothing was evaluated
     assert "--import=third_party" in seen[0]
+
+
+def test_a_module_that_came_with_the_run_is_not_imported_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m` puts the folder in which one stands on the path, which may be the run's."""
+    (tmp_path / "came_along.py").write_text("raise SystemExit('code of the run folder')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"lies in the run folder.*add --import came_along"):
+        import_for_run({"imports": ["came_along"]}, folder=tmp_path)

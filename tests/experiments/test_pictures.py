@@ -1,9 +1,9 @@
 """The docs' sheets and the report's order know every distraction."""
 
 import numpy as np
-from experiments.report_scores import KNOWN_ORDER, in_order
 
 from experiments.pictures import NAMES, labeled, sheet
+from experiments.reporting.scores import KNOWN_ORDER, in_order
 from wrappers.distraction.presets import CLEAN, DISTRACTIONS
 
 

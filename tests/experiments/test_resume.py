@@ -15,8 +15,10 @@ import pytest
 from agents import AGENTS
 from agents.core.checkpoints import CheckpointStore
 from agents.core.loops import OffPolicyLoop
-from experiments.compare import difference, final_state
-from experiments.train import main
+from experiments.compare import difference, final_state, run_difference
+from experiments.runs import begin_run, make_run_dir
+from experiments.session import Session
+from experiments.train import main, new_config, parser
 from tests.experiments.helpers import (
     arguments,
     assert_same_run,
@@ -202,3 +204,20 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -
         shutil.rmtree(killed / folder)
     resume(killed)
     assert difference(final_state(killed), final_state(whole)) is None
+
+
+@pytest.mark.parametrize("at", [13, 16, 24])
+def test_a_run_that_is_asked_to_stop_leaves_no_mark_in_its_metrics(at: int, tmp_path: Path) -> None:
+    """Between two lines, where a checkpoint was just saved, and where both fell together."""
+    flags = {"steps": 40, "log_every": 12, "checkpoint_every": 8}
+    whole = train("drq", "toy/reach", tmp_path / "whole", **flags)
+    parts = tmp_path / "parts"
+    config = new_config(
+        vars(parser("drq").parse_args(arguments("drq", "toy/reach", parts, **flags)))
+    )
+    make_run_dir(parts)
+    begin_run(parts, config)
+    with Session(parts, config, resume=False) as session:
+        session.train(lambda: session.loop.state.progress.agent_steps >= at)
+    resume(parts)
+    assert run_difference(whole, parts) is None
