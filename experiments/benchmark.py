@@ -12,11 +12,14 @@ themselves are gone, and `experiments.report DIR` shows it.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,9 +30,12 @@ import numpy as np
 
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
+from agents.policy import read_config
 from agents.registry import find
 from envs import get_spec
+from experiments import train
 from experiments.arguments import Parser, run_command
+from experiments.compare import difference
 from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS
 from experiments.imports import add_import_flag
@@ -104,39 +110,113 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save and leave
     if arguments.episodes < 1 or arguments.jobs < 1:
         raise UserError("--episodes and --jobs must be at least 1")
     import_modules(arguments.imports)
+    jobs = grid(arguments)
+    _check_results(arguments.out, jobs)
+    failed = [] if arguments.collect else run_grid(jobs, arguments)
+    for folder in failed:
+        print(f"failed: {folder}, see {folder}.log", file=sys.stderr)
+    collect(jobs, arguments.out)
+    print(f"wrote {arguments.out / 'results.md'}")
+    return 1 if failed else 0
+
+
+def grid(arguments: argparse.Namespace) -> list[Job]:
+    """Return the runs that the command line asks for.
+
+    Raises:
+        UserError: a name is unknown or given twice.
+    """
     for name in arguments.agents:
         find(name)
     for env in arguments.envs:
         get_spec(env)
     for distraction in arguments.distractions:
         make_distraction(distraction)
+    for name in ("agents", "envs", "seeds", "distractions"):
+        values = getattr(arguments, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} names one of {values} twice; once is enough")
     jobs = []
     for seed, env, agent in product(arguments.seeds, arguments.envs, arguments.agents):
         place = Path(env.replace("/", "-")) / f"{agent}-seed{seed}"
         kept = arguments.archive / place if arguments.archive else None
         jobs.append(Job(agent, env, seed, arguments.runs / place, kept))
-    failed = []
-    if not arguments.collect:
-        imports = [f"--import={name}" for name in arguments.imports]  # the runs remember them
-        flags = ["--preset", arguments.preset, *imports, *arguments.train_flags]
-        threads = ["--threads", str(arguments.threads)] if arguments.threads else []
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            evaluation = ["--episodes", str(arguments.episodes), "--distractions"]
-            evaluation += arguments.distractions
-            codes = pool.map(lambda job: run_job(job, flags, threads, evaluation), jobs)
-            try:
-                failed = [job.folder for job, code in zip(jobs, codes, strict=True) if code]
-            except KeyboardInterrupt:
-                pool.shutdown(cancel_futures=True)  # the runs under way save and leave
-                raise
-    for folder in failed:
-        print(f"failed: {folder}, see {folder}.log", file=sys.stderr)
-    collect(jobs, arguments.out)
-    print(f"wrote {arguments.out / 'results.md'}")
-    return 1 if failed else 0
+    return jobs
+
+
+def run_grid(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[Path]:
+    """Run what is missing of a grid, and return the folders of runs that failed or were stopped."""
+    imports = [f"--import={name}" for name in arguments.imports]  # the runs remember them
+    flags = ["--preset", arguments.preset, *imports, *arguments.train_flags]
+    threads = ["--threads", str(arguments.threads)] if arguments.threads else []
+    for job in jobs:
+        check_same(job, flags, arguments.episodes, arguments.distractions)
+    evaluation = ["--episodes", str(arguments.episodes), "--distractions", *arguments.distractions]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        codes = pool.map(lambda job: run_job(job, flags, threads, evaluation), jobs)
+        try:
+            return [job.folder for job, code in zip(jobs, codes, strict=True) if code]
+        except KeyboardInterrupt:
+            for process in list(_running):
+                process.terminate()  # it saves and leaves
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequence[str]) -> None:
+    """Refuse to take a run that is there for another one than is asked for.
+
+    Raises:
+        UserError: it was trained with other settings, or is only archived and was evaluated otherwise.
+    """
+    file = job.results / "config.json"
+    if not file.is_file():
+        return
+    words = ["--agent", job.agent, "--env", job.env, "--seed", str(job.seed), *flags]
+    wanted = json.loads(
+        json.dumps(train.new_config(vars(train.parser(job.agent).parse_args(words))))
+    )
+    found = read_config(job.results)
+    for part in ("agent", "env", "vector", "train", "configs"):
+        if (where := difference(found[part], wanted[part], part)) is not None:
+            raise UserError(
+                f"'{job.results}' was trained with other settings than these ({where}); "
+                "give other --runs and --archive, or the flags of that grid"
+            )
+    if job.results != job.archive:
+        return  # it is evaluated anew
+    result = json.loads((job.results / "evaluations" / f"{RESULT}.json").read_text())
+    if result["episodes_per_distraction"] != episodes or set(result["results"]) != set(
+        distractions
+    ):
+        raise UserError(
+            f"'{job.results}' was evaluated in {result['episodes_per_distraction']} episodes each of "
+            f"{' '.join(result['results'])}; give these --episodes and --distractions, or another --archive"
+        )
+
+
+def _check_results(out: Path, jobs: Sequence[Job]) -> None:
+    """Refuse to replace the results of another grid."""
+    file = out / "results.csv"
+    if not file.is_file():
+        return
+    ours = {(job.env, job.agent, str(job.seed)) for job in jobs}
+    with file.open(newline="") as handle:
+        theirs = {(row["env"], row["agent"], row["seed"]) for row in csv.DictReader(handle)}
+    if theirs - ours:
+        env, agent, seed = min(theirs - ours)
+        raise UserError(
+            f"'{file}' also holds {agent} on {env}, seed {seed}, which this grid does not have; give another --out"
+        )
+
+
+_running: set[subprocess.Popen[bytes]] = set()
+"""Processes of the runs under way."""
 
 
 def run_job(
@@ -202,9 +282,12 @@ def archive_run(run: Path, archive: Path) -> None:
 
 def _logged(command: Sequence[str], log: Path) -> int:
     with log.open("a") as handle:
-        return subprocess.run(
-            command, stdout=handle, stderr=subprocess.STDOUT, check=False
-        ).returncode
+        process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT)
+    _running.add(process)
+    try:
+        return process.wait()
+    finally:
+        _running.discard(process)
 
 
 def collect(jobs: Iterable[Job], out: Path) -> None:
@@ -292,7 +375,9 @@ def _markdown(rows: list[dict[str, object]]) -> str:
                     if row["distraction"] == distraction
                 ]
                 each = ", ".join(f"{value:.0f}" for value in values)
-                cells.append(f"{np.mean(values):.0f} ± {np.std(values):.0f} ({each})")
+                few = "" if len(values) == len({row["seed"] for row in mine}) else ", not all seeds"
+                known = f"{np.mean(values):.0f} ± {np.std(values):.0f} ({each}{few})"
+                cells.append(known if values else "-")
             minutes = [float(str(row["wall_minutes"])) for row in mine]
             updates = "/".join(sorted({f"{row['gradient_updates']:,}" for row in mine}))
             lines.append(f"| {agent} | {updates} | {np.mean(minutes):.0f} | {' | '.join(cells)} |")

@@ -34,6 +34,9 @@ from experiments.runs import write_json
 from experiments.settings import check_device
 from wrappers.distraction.presets import make_distraction
 
+PROCEDURAL = "procedural"
+"""What stands for no folder of videos."""
+
 DISTRACTIONS = ("clean", "color_hard", "video_easy", "video_hard")
 
 
@@ -53,7 +56,10 @@ def parser() -> Parser:
     )
     p.add_argument("--split", default="test", choices=("train", "validation", "test"),
                    help="which colors and videos [test]")  # fmt: skip
-    p.add_argument("--videos", help="folder of videos or image folders; none plays procedural ones")
+    p.add_argument(
+        "--videos", metavar="DIR",
+        help=f"folder of videos or image folders, or {PROCEDURAL} for generated ones [the run's own]",
+    )  # fmt: skip
     p.add_argument("--num-envs", type=int, default=5, help="parallel environments [5]")
     p.add_argument(
         "--workers", type=int, default=2, help="worker processes; results do not depend on them [2]"
@@ -122,6 +128,8 @@ def evaluate_run(
     task = policy.config["env"]
     counts = policy.progress
     name = name or f"step-{counts['agent_steps']:09d}-{split}-seed{seed}"
+    if Path(name).name != name:
+        raise UserError(f"--name is '{name}'; give a name without folders")
     file = run / "evaluations" / f"{name}.json"
     if file.exists() and not overwrite:
         raise UserError(f"'{file}' exists; use --overwrite, or another --name")
@@ -129,7 +137,7 @@ def evaluate_run(
     keywords = {
         **task,
         "split": split,
-        "videos": task["videos"] if videos is None else videos,
+        "videos": task["videos"] if videos is None else None if videos == PROCEDURAL else videos,
         "seed": seed,
     }
     for distraction in distractions:  # all of them, before the first takes its minutes
@@ -142,7 +150,7 @@ def evaluate_run(
         "checkpoint": policy.checkpoint,
         "seed": seed,
         "split": split,
-        "videos": keywords["videos"] or "procedural",
+        "videos": keywords["videos"] or PROCEDURAL,
         "num_envs": num_envs,
         "episodes_per_distraction": episodes,
         "results": {},
@@ -196,7 +204,7 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['agent_steps']:,} agent steps, {result['env_frames']:,} environment frames, "
         f"{result['gradient_updates']:,} gradient updates; "
         f"{result['episodes_per_distraction']} episodes each, {result['split']} split",
-        f"{'':>{width}}  {'mean':>7}  {'std':>6}  {'min':>6}  {'max':>6}  success  saliency on the body (its area)",
+        f"{'':>{width}}  {'mean':>7}  {'std':>6}  {'min':>6}  {'max':>6}  success  saliency on foreground (its area)",
     ]
     for name, row in rows.items():
         r = np.asarray(row["returns"])
@@ -209,7 +217,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _looks(row: dict[str, Any]) -> str:
-    """Return the share of saliency on the body, and the share of the picture that the body is."""
+    """Return the share of saliency on the foreground, and the share of the picture that this is."""
     scores = row.get("saliency", {})
     means = [_mean(scores.get(name, [])) for name in ("energy", "area")]
     return "" if None in means else f"{means[0]:.2f} ({means[1]:.2f})"

@@ -68,7 +68,7 @@ def run_episodes(
         episodes: how many.
         seed: of the reset.
         record: keep the first environment's first episode as frames.
-        look: where the agent looks, to be scored against the foreground at every tenth step.
+        look: where the agent looks, to be scored against the foreground at every tenth step of an episode.
         progress: called with the number of episodes that ended.
 
     Raises:
@@ -89,8 +89,7 @@ def run_episodes(
             if step % 25 == 0 and len(result.observations) < 8:
                 result.observations.append(observation)
         action = act(observation)
-        if step % LOOK_EVERY == 0:
-            looks.score(observation, action)
+        looks.score(observation, action)
         step += 1
         observation, reward, _, _, info = envs.step(action)
         _check_finite({"reward": reward, **_parts(observation)}, step)
@@ -124,16 +123,20 @@ class _Looks:
     def __init__(self, envs: VectorEnv, look: LookFunction | None) -> None:
         self._envs, self._look = envs, look
         self._scores: list[list[np.ndarray]] = [[] for _ in range(envs.num_envs)]
+        self._steps = np.zeros(envs.num_envs, np.int64)  # of each one's episode
 
     def score(self, observation: Any, action: np.ndarray) -> None:
-        """Compare where the agent looks now with where the foreground is."""
-        seen = self._look(observation, action) if self._look else None
+        """Compare where the agent looks now with where the foreground is, where that is due."""
+        due = np.flatnonzero(self._steps % LOOK_EVERY == 0)
+        self._steps += 1
+        seen = self._look(observation, action) if self._look and len(due) else None
         if seen is None:
-            self._look = None
+            self._look = None if len(due) else self._look
             return
-        scores = score_saliency(seen, np.stack(self._envs.call("foreground")))
-        for i, row in enumerate(np.stack([getattr(scores, name) for name in SCORES], axis=1)):
-            self._scores[i].append(row)
+        scores = score_saliency(seen[due], np.stack(self._envs.call("foreground"))[due])
+        rows = np.stack([getattr(scores, name) for name in SCORES], axis=1)
+        for env, row in zip(due, rows, strict=True):
+            self._scores[env].append(row)
 
     def means(self, env: int) -> dict[str, float | None]:
         """Return an episode's mean scores by name, over the looks that had a foreground."""
@@ -148,6 +151,7 @@ class _Looks:
         """Begin new episodes in some environments."""
         for env in ended:
             self._scores[env] = []
+            self._steps[env] = 0
 
 
 def episode_seeds(seed: int, episodes: int) -> list[int]:

@@ -4,7 +4,7 @@
     python -m experiments.soak --minutes 0 --cycles 10000 --out cycles/
 
 Training is the real command with two workers, and is watched from outside. Writes a table and a plot of what it and its
-workers hold (memory that is theirs alone, open files, threads, processes) and a README.md that says by how much memory
+workers hold (memory, open files, threads, processes) and a README.md that says by how much memory
 grew: the slope of a straight line through the second half, when the replay is full and every cache is warm. Exit code 1
 where that is more than `--limit`.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from agents.core.errors import UserError
 from agents.registry import find
 from experiments.arguments import Parser, run_command
 from experiments.runs import command_line, describe_system
+from wrappers.distraction.presets import make_distraction
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -56,7 +58,7 @@ def parser() -> Parser:
                    "about a minute on two cores [4000]")  # fmt: skip
     p.add_argument("--cycles", type=int, default=0, help="environments to create and close [0]")
     p.add_argument("--limit", type=float, default=50.0,
-                   help="MB an hour, or per thousand environments, that may be lost [50]")  # fmt: skip
+                   help="MB that may be lost in an hour, or in 10,000 environments [50]")  # fmt: skip
     return p
 
 
@@ -70,15 +72,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"'{arguments.out}' exists; give another --out")
     find(arguments.agent)
     envs.get_spec(arguments.env)
+    make_distraction(arguments.distraction)
+    if 0 < arguments.minutes < 1 / 3 or 0 < arguments.cycles < 100:
+        raise UserError(
+            "too little to tell growth from noise: give a third of a minute, or 100 cycles, at least"
+        )
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: the training is ended too
     arguments.out.mkdir(parents=True)
-    growth = {}
+    grown = []
     if arguments.minutes:
         rows = watch_training(arguments)
-        growth["training"] = summarize(rows, arguments.out, "training", "minutes", per=60)
+        said = (arguments.out / "training.log").read_text()
+        note = (
+            f"{said.count('evaluation:')} evaluations; the log ends with: {said.splitlines()[-2]}"
+        )
+        lost = summarize(rows, arguments.out, "training", "minutes", per=60, note=note)
+        grown.append(lost > arguments.limit or holds_more(rows))
     if arguments.cycles:
         rows = cycle(arguments.env, arguments.distraction, arguments.cycles)
-        growth["environments"] = summarize(rows, arguments.out, "environments", "closed", per=1000)
-    return int(max(growth.values()) > arguments.limit)
+        lost = summarize(rows, arguments.out, "environments", "closed", per=1000)
+        grown.append(lost > arguments.limit / 10 or holds_more(rows))
+    return int(any(grown))
 
 
 def watch_training(arguments: argparse.Namespace) -> list[Row]:
@@ -96,7 +112,7 @@ def watch_training(arguments: argparse.Namespace) -> list[Row]:
         try:
             while (minutes := (time.monotonic() - start) / 60) < arguments.minutes:
                 if training.poll() is not None:
-                    raise RuntimeError(f"training ended by itself, see '{log.name}'")
+                    raise UserError(f"training ended by itself, see '{log.name}'")
                 rows.append((minutes, *held(training.pid)))
                 time.sleep(SECONDS_BETWEEN)
         finally:
@@ -127,7 +143,10 @@ def held(pid: int | None = None) -> tuple[float, ...]:
     sums = np.zeros(len(HELD))
     for process in (root, *root.children(recursive=True)):
         try:
-            memory = process.memory_full_info().uss / 2**20
+            full = (
+                process.memory_full_info()
+            )  # shared pages count in parts, where the system says so
+            memory = getattr(full, "pss", full.uss) / 2**20
             sums += (memory, process.num_fds(), process.num_threads(), 1)
         except psutil.Error:
             if process is root:
@@ -141,7 +160,16 @@ def slope(rows: Sequence[Row]) -> float:
     return float(np.polyfit(late[:, 0], late[:, 1], 1)[0])
 
 
-def summarize(rows: Sequence[Row], out: Path, what: str, unit: str, per: float) -> float:
+def holds_more(rows: Sequence[Row]) -> bool:
+    """Tell whether files, threads or processes grew from the second half's first fifth to its last."""
+    late = np.array(rows)[len(rows) // 2 :, 2:]
+    part = max(1, len(late) // 5)
+    return bool((np.median(late[-part:], axis=0) > np.median(late[:part], axis=0)).any())
+
+
+def summarize(
+    rows: Sequence[Row], out: Path, what: str, unit: str, per: float, note: str = ""
+) -> float:
     """Write <what>.csv, <what>.png and a paragraph of README.md; return the growth in MB per `per` units."""
     with (out / f"{what}.csv").open("w", newline="") as handle:
         writer = csv.writer(handle)
@@ -164,10 +192,11 @@ def summarize(rows: Sequence[Row], out: Path, what: str, unit: str, per: float) 
     )
     changes = ", ".join(f"{name} {first[name]:,.0f} to {last[name]:,.0f}" for name in HELD)
     system = describe_system()
+    hardware = ", ".join(f"{name} {value}" for name, value in system["hardware"].items() if value)
     text = (
-        f"## {what.capitalize()}\n\n`{command_line()}` at commit {system['commit']}, {system['hardware']}\n\n"
+        f"## {what.capitalize()}\n\n`{command_line()}` at commit {system['commit']}: {hardware}\n\n"
         f"{rows[-1][0]:,.0f} {unit}. Memory grew by {growth:+.1f} MB per {per:g} {unit} over the second half; "
-        f"from its first to its last measurement: {changes}.\n\n![{what}]({what}.png)\n"
+        f"from its first to its last measurement: {changes}. {note}\n\n![{what}]({what}.png)\n"
     )
     with (out / "README.md").open("a") as handle:
         handle.write(text)

@@ -138,6 +138,10 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
                 f"{name} is {given[name]}, but protocol '{given['protocol']}' fixes {fixed} for {given['env']}; "
                 f"leave out --{name.replace('_', '-')} or the protocol"
             )
+    if given.get("split") == "test":
+        raise UserError(
+            "--split test is what evaluations are made of; train on the train split, choose on validation"
+        )
     quality = given.get("quality", protocol.get("quality"))
     if protocol and quality != protocol["quality"]:
         warnings.warn(

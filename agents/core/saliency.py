@@ -78,7 +78,9 @@ def mask_channels(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SaliencyScores:
-    """How much of an agent's saliency falls on the foreground, each float64 [B] in [0, 1], NaN without foreground.
+    """How much of an agent's saliency falls on the foreground, each float64 [B] in [0, 1].
+
+    NaN, but for the area, where a picture has no foreground or nothing else: nothing can be told there.
 
     A saliency that knows nothing of the picture scores about `area` in energy and pointing, and area / (2 - area) in
     IoU.
@@ -104,17 +106,22 @@ def score_saliency(saliency: np.ndarray, foreground: np.ndarray) -> SaliencyScor
     """
     heat = saliency.reshape(len(saliency), -1).astype(np.float64)
     body = foreground.reshape(len(foreground), -1)
-    pixels = body.sum(1)
+    pixels, everything = body.sum(1), heat.shape[1]
     total = heat.sum(1)
     looks = total > 0
     energy = (heat * body).sum(1) / np.where(looks, total, 1)
-    pointing = np.take_along_axis(body, heat.argmax(1)[:, None], 1)[:, 0] & looks
-    # The strongest pixels, as many as the foreground has; among equals, the first ones.
-    order = np.argsort(-heat, axis=1, kind="stable")
-    strongest = np.arange(heat.shape[1]) < pixels[:, None]
-    shared = (np.take_along_axis(body, order, 1) & strongest).sum(1) * looks
-    iou = shared / np.maximum(2 * pixels - shared, 1)
-    energy, pointing, iou = (
-        np.where(pixels > 0, score, np.nan) for score in (energy, pointing, iou)
-    )
-    return SaliencyScores(energy, pointing, iou, area=pixels / heat.shape[1])
+    pointing = _shared(heat, body, np.ones_like(pixels)) * looks
+    shared = _shared(heat, body, np.maximum(pixels, 1)) * looks
+    iou = shared / np.maximum(2 * pixels - shared, 1e-12)
+    told = (pixels > 0) & (pixels < everything)
+    energy, pointing, iou = (np.where(told, score, np.nan) for score in (energy, pointing, iou))
+    return SaliencyScores(energy, pointing, iou, area=pixels / everything)
+
+
+def _shared(heat: np.ndarray, body: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return how many of each row's `count` strongest pixels are on the body; among equals, as many as chance takes."""
+    ordered = np.sort(heat, axis=1)
+    limit = np.take_along_axis(ordered, (heat.shape[1] - count)[:, None], 1)
+    above, equal = heat > limit, heat == limit
+    left = count - above.sum(1)
+    return (above & body).sum(1) + left * (equal & body).sum(1) / equal.sum(1)

@@ -49,6 +49,27 @@ Surrogate = Literal[
 ]  # fmt: skip
 
 
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "rollout_length minibatch_size epochs feature_dim",
+        lambda value: value >= 1,
+        "a positive number",
+    ),
+    ("target_kl max_gradient_norm", lambda value: value > 0, "a positive number"),
+    ("learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
+    ("clip", lambda value: 0 < value < 1, "a number in (0, 1)"),
+    ("discount gae_lambda", lambda value: 0 <= value <= 1, "a number in [0, 1]"),
+    (
+        "kl_coefficient value_coefficient entropy_coefficient value_regularization pad",
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    ("initial_log_std", math.isfinite, "a finite number"),
+    ("hidden", lambda value: min(value, default=1) >= 1, "positive widths"),
+)
+"""Fields, what fits them, and how to say so."""
+
+
 @dataclass(frozen=True)
 class PPOConfig:
     """Proximal policy optimization; defaults from Stable-Baselines3 unless a field says otherwise."""
@@ -100,27 +121,11 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         """Reject values that the agent cannot run with."""
-        for name in ("rollout_length", "minibatch_size", "epochs", "feature_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
-        for name in ("target_kl", "learning_rate", "max_gradient_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
-        if not 0 < self.clip < 1:
-            raise UserError(f"clip is {self.clip}; give a number in (0, 1)")
-        for name in ("learning_rate", "initial_log_std"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} is {getattr(self, name)}; give a finite number")
-        if min(self.hidden, default=1) < 1:
-            raise UserError(f"hidden is {self.hidden}; give positive widths")
-        for name in ("discount", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give a number in [0, 1]")
-        for name in (
-            "kl_coefficient", "value_coefficient", "entropy_coefficient", "value_regularization", "pad",
-        ):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        for names, fits, wanted in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if not fits(value):
+                    raise UserError(f"{name} is {value}; give {wanted}")
         if self.surrogate not in SURROGATES:
             raise UserError.unknown("surrogate", self.surrogate, SURROGATES)
 

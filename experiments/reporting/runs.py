@@ -28,8 +28,8 @@ Axis = Literal["agent_steps", "env_frames", "gradient_updates", "wall_minutes"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 SALIENCY = ("iou", "energy", "pointing", "area")
-"""How saliency lies on the body: overlap with it, share inside it, how often its peak does; and
-the body's share of the picture, which is what a random look would score."""
+"""How saliency lies on the foreground: overlap with it, share inside it, how often its peak does; and
+the foreground's share of the picture, which is what a random look would score."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def gap_table(aggregates: Aggregates) -> Table | None:
 
 
 def looks_table(summary: Summary, env_id: str) -> Table | None:
-    """Return how saliency lies on the body, per agent and distraction; None if not measured."""
+    """Return how saliency lies on the foreground, per agent and distraction; None if not measured."""
     groups = summary.of(env_id)
     names = in_order({n for group in groups for n in summary.distractions(env_id)})
     names = [
@@ -90,12 +90,12 @@ def looks_table(summary: Summary, env_id: str) -> Table | None:
                 rows.append([agent, Cell(name), *(_share(values) for values in found)])
     head = ["agent", "distraction", "IoU", "energy", "pointing", "area (a random look)"]
     caption = (
-        f"Where agents look on {env_id}: share of saliency on the body, mean over runs with its "
+        f"Where agents look on {env_id}: share of saliency on the foreground, mean over runs with its "
         "95 % interval."
     )
     notes = (
-        "IoU: overlap of the most salient pixels with the body. Energy: share of all saliency inside "
-        "it. Pointing: how often the most salient pixel lies on it. Area: the body's share of the "
+        "IoU: overlap of the most salient pixels with it. Energy: share of all saliency inside "
+        "it. Pointing: how often the most salient pixel lies on it. Area: the foreground's share of the "
         "picture, which is the energy and the pointing of a look that knows nothing.",
         *learned_notes(groups),
     )

@@ -149,6 +149,21 @@ def test_scores_of_perfect_blind_and_empty_looks():
     assert scores.area.tolist() == [1 / 8, 1 / 8, 1 / 8, 0]
 
 
+def test_equal_strengths_score_what_chance_gives_them():
+    top = np.zeros((1, 20, 20), bool)
+    top[:, :5] = True
+    for foreground in (top, top[:, ::-1]):
+        flat = score_saliency(np.ones((1, 20, 20)), foreground)
+        assert flat.pointing == pytest.approx(0.25)
+        assert flat.iou == pytest.approx(0.25 / 1.75)
+
+
+def test_a_picture_that_is_all_foreground_tells_nothing():
+    scores = score_saliency(np.ones((1, 4, 4)), np.ones((1, 4, 4), bool))
+    assert np.isnan([scores.energy, scores.pointing, scores.iou]).all()
+    assert scores.area == 1
+
+
 def test_a_look_at_random_scores_the_area():
     rng = np.random.default_rng(1)
     foreground = np.zeros((400, 20, 20), bool)

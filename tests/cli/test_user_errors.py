@@ -80,6 +80,7 @@ BAD_FLAGS = [
         "--env dmc/walker-walk --protocol drqv2 --size 48",
         "size is 48, but protocol 'drqv2' fixes 84",
     ),
+    ("--split test", "what evaluations are made of"),
     ("--stepz 4", "unknown flag '--stepz'; did you mean --steps"),
     ("--step 4", "unknown flag '--step'; did you mean --steps"),
     ("--distractoin=video_hard", "unknown flag '--distractoin'; did you mean --distraction"),
@@ -401,6 +402,7 @@ def test_with_every_checkpoint_truncated_nothing_is_resumed_and_nothing_lost(
         ("--episodes 0", "--episodes and --num-envs must be at least 1"),
         ("--episode 3", "did you mean --episodes"),
         ("--split tset", "choose from 'train', 'validation', 'test'"),
+        ("--name ../../evil", "give a name without folders"),
         (
             "--distractions video_easy --videos missing --workers 0",
             "missing'; give a folder of videos",

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from agents.core.errors import UserError
 from experiments import benchmark
 from experiments.benchmark import main
 from experiments.evaluate import DISTRACTIONS
 from experiments.reporting.runs import read_run
+from experiments.runs import write_json
+from experiments.train import new_config, parser
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -58,6 +61,45 @@ def test_nothing_to_collect_is_said_in_one_line(
     words = ["--agents", "sac", "--seeds", "1", "--collect", "--runs", str(tmp_path)]
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert "no run of this grid was evaluated" in capsys.readouterr().err
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_grids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "toy-reach" / "drq-seed1"
+    words = ["--agent", "drq", "--env", "toy/reach", "--seed", "1", "--preset", "debug"]
+    config = new_config(vars(parser("drq").parse_args(words)))
+    write_json(folder / "config.json", config)
+    job = benchmark.Job("drq", "toy/reach", 1, folder)
+    benchmark.check_same(job, ["--preset", "debug"], 10, ["clean"])
+    with pytest.raises(UserError, match=r"other settings than these.*train/steps"):
+        benchmark.check_same(job, ["--preset", "debug", "--steps", "4000"], 10, ["clean"])
+    kept = tmp_path / "kept"
+    write_json(kept / "config.json", config)
+    result = {"episodes_per_distraction": 2, "results": {"clean": {}}}
+    write_json(kept / "evaluations" / "benchmark.json", result)
+    job = benchmark.Job("drq", "toy/reach", 1, folder, kept)
+    benchmark.check_same(job, ["--preset", "debug"], 2, ["clean"])
+    with pytest.raises(UserError, match="evaluated in 2 episodes each of clean"):
+        benchmark.check_same(job, ["--preset", "debug"], 2, ["clean", "video_hard"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--agents drq drq", "--agents names one of"),
+        ("--agents drq --seeds 1 1", "--seeds names one of"),
+        ("--agents drq --seeds 1", "also holds sac on toy/reach, seed 1"),
+    ],
+)
+def test_numbers_of_another_grid_are_neither_doubled_nor_replaced(
+    words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.csv").write_text("env,agent,seed\ntoy/reach,sac,1\n")
+    paths = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    assert main([*words.split(), "--envs", "toy/reach", *paths]) == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "results.csv").read_text().endswith("sac,1\n")
 
 
 def test_unknown_agents_and_tasks_are_refused_before_anything_runs(

@@ -152,6 +152,19 @@ def test_looks_are_scored_against_the_picture_that_was_looked_at() -> None:
     assert nothing.looks == {}
 
 
+def test_every_episode_is_looked_at_however_short_it_is() -> None:
+    with closing(envs.make_vec("toy/reach", 2, size=24, episode_length=3, seed=0)) as vector:
+        looks = np.zeros(2, int)
+
+        def look(observation: Any, action: np.ndarray) -> np.ndarray:
+            looks[:] += 1
+            return np.stack(vector.call("foreground")) * 1.0
+
+        seen = run_episodes(random_policy(vector, 0), vector, 12, seed=0, look=look)
+    assert seen.looks["energy"] == [1.0] * 12
+    assert looks[0] == 6, "at the first step of each"
+
+
 class Countdown(gym.Env):
     """Episodes of a given length; the return tells which environment it was."""
 

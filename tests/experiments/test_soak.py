@@ -22,6 +22,13 @@ def test_growth_is_the_slope_of_the_second_half() -> None:
     assert soak.slope(rows) == pytest.approx(2, abs=0.1)
 
 
+def test_files_that_stay_open_are_growth_and_one_that_comes_and_goes_is_not() -> None:
+    steady = [(float(m), 500.0, 80.0 + (m == 77), 18.0, 3.0) for m in range(100)]
+    leaking = [(float(m), 500.0, 80.0 + m // 20, 18.0, 3.0) for m in range(100)]
+    assert not soak.holds_more(steady)
+    assert soak.holds_more(leaking)
+
+
 def test_memory_of_children_counts_and_ends_with_them() -> None:
     before = soak.held()
     code = "import sys; held = bytes(1) * 2**26; print('ready', flush=True); sys.stdin.read()"
@@ -65,6 +72,8 @@ def test_environments_are_cycled_and_the_growth_is_written(tmp_path: Path) -> No
         ("--minutes 0", "give --minutes or --cycles"),
         ("--env toy/reech", "did you mean toy/reach"),
         ("--agent sgqm", "did you mean sgqn"),
+        ("--distraction colour_hard", "did you mean color_hard"),
+        ("--minutes 0 --cycles 5", "too little to tell"),
     ],
 )
 def test_mistakes_leave_nothing_behind(

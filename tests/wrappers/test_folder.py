@@ -126,6 +126,13 @@ def test_subfolders_named_after_splits_decide(tmp_path: Path) -> None:
     assert folder.open("train/one.png", 8, 8).length == 1
 
 
+def test_frames_are_played_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in range(12):
+        write_image(tmp_path / "film" / f"frame{number}.png", (20 * number, 0, 0), size=(8, 8))
+    video = VideoFolder(tmp_path).open("film", 8, 8)
+    assert [int(video.frame(t)[0, 0, 0]) for t in range(12)] == [20 * n for n in range(12)]
+
+
 def test_masks_of_davis_are_no_videos(tmp_path: Path) -> None:
     for kind in ("JPEGImages", "Annotations"):
         write_image(tmp_path / kind / "480p" / "bear" / "0.png", (0, 0, 0))

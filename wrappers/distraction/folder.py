@@ -14,6 +14,7 @@ the same folder to training and to evaluation.
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -162,7 +163,12 @@ def _find_videos(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             place = path if path.parent in roots else path.parent
             frames.setdefault(place, []).append(path)
     for place, files in frames.items():
-        yield place.relative_to(folder).as_posix(), files
+        yield place.relative_to(folder).as_posix(), sorted(files, key=_in_order)
+
+
+def _in_order(path: Path) -> list[str | int]:
+    """Return a key that sorts frames as they were numbered: 2 before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _is_whole(path: Path) -> bool:

@@ -7,8 +7,10 @@ episode begins anywhere in its video and plays it forth and back instead of from
 loop; splits are disjoint.
 
 The background of the Distracting Control Suite (Stone et al., 2021) is the same with other settings:
-one of few videos instead of the sky, before which the floor is half transparent, a frame per
-*control* step, or one that stands still.
+one of few videos instead of the sky, before which the floor is transparent in part, a frame per
+*control* step, or one that stands still. Differences there: the published code paints the video
+onto the skybox, where it turns and rolls with the displaced camera; here it stands still on the
+screen, as in DMC-GB, and always begins forward. Do not compare `dcs_*` with published numbers.
 """
 
 from __future__ import annotations
