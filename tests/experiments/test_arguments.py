@@ -121,9 +121,10 @@ def test_flags_win_over_the_protocol_over_the_preset_over_the_defaults() -> None
     assert protocol["env"]["quality"] == "reference"
     assert protocol["train"]["updates_per_step"] == 0.5
     assert agent["hidden"] == [256, 256], "the preset's, where the protocol says nothing"
-    flags = configure(f"{words} --protocol drqv2 --batch-size 8 --hidden 9")
+    flags = configure(f"{words} --protocol drqv2 --n-step 2 --hidden 9")
     agent = flags["configs"]["DDPGConfig"]
-    assert (agent["batch_size"], agent["hidden"]) == (8, [9])
+    assert (agent["n_step"], agent["hidden"]) == (2, [9])
+    assert agent["batch_size"] == 256, "the protocol's, which no flag may change"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_the_faster_number_of_threads_is_taken_and_kept_by_a_resume(
     def seconds(call: object, **counts: int) -> float:
         return 1.0 if torch.get_num_threads() == faster else 2.0
 
-    monkeypatch.setattr(session, "_seconds_per_call", seconds)
+    monkeypatch.setattr(session, "seconds_per_call", seconds)
     run = train("drq", "toy/reach", tmp_path / "run", steps=12)
     assert read_config(run)["threads"] == torch.get_num_threads() == faster
     torch.set_num_threads(2)
