@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -34,14 +33,14 @@ from agents.core.advantages import generalized_advantage
 from agents.core.agent import Observation, OnPolicyAgent, ReplaySettings
 from agents.core.augmentations import random_shift
 from agents.core.distributions import Categorical, Gaussian
-from agents.core.encoders import EncoderName, PixelEncoder
+from agents.core.encoders import EncoderName
 from agents.core.errors import UserError
 from agents.core.fields import Field, observation_boxes
-from agents.core.networks import Trunk
-from agents.core.normalizers import RewardScale, RunningMoments
+from agents.core.normalizers import RewardScale
 from agents.core.pictures import overlay_grid
 from agents.core.rollout import Experience
 from agents.core.saliency import frame_saliency, input_gradient
+from agents.on_policy.actor_value import ActorValue
 
 Surrogate = Literal[
     "ppo_clip", "dual_clip", "masked", "spo", "discovered_drift", "asymmetric_trust_region",
@@ -159,77 +158,6 @@ A2C = PPOConfig(
 Stable-Baselines3's step size; its rollouts have 5 steps of more environments."""
 
 
-class ActorValue(nn.Module):
-    """Policy and value: behind a shared encoder and projection of pixels, apart from there on.
-
-    Args:
-        spaces: `pixels` uint8 [3*k, H, W] and / or `state` [D].
-        action_space: Box or Discrete.
-        config: the agent's.
-    """
-
-    def __init__(
-        self, spaces: dict[str, gym.spaces.Box], action_space: gym.Space, config: PPOConfig
-    ) -> None:
-        super().__init__()
-        self.encoder: PixelEncoder | None = None
-        self.moments: RunningMoments | None = None
-        if "pixels" in spaces:
-            channels, *size = spaces["pixels"].shape
-            self.encoder = PixelEncoder(channels, (size[0], size[1]), config.encoder)
-        states = spaces["state"].shape[0] if "state" in spaces else 0
-        if states and config.normalize_observation:
-            self.moments = RunningMoments((states,))
-        pixels = self.encoder.out_features if self.encoder else 0
-        self.trunk = Trunk(pixels, states, config.feature_dim)
-        is_discrete = isinstance(action_space, gym.spaces.Discrete)
-        parts = int(action_space.n) if is_discrete else math.prod(action_space.shape or ())  # type: ignore[attr-defined]
-        sizes = [self.trunk.out_features, *config.hidden]
-        # Gains as in Stable-Baselines3: a policy that begins near its middle tries everything.
-        self.actor = tanh_mlp([*sizes, parts], last_gain=0.01)
-        self.critic = tanh_mlp([*sizes, 1], last_gain=1.0)
-        self.log_std = None
-        if not is_discrete:
-            self.log_std = nn.Parameter(torch.full((parts,), config.initial_log_std))
-
-    def normalize(self, observation: Observation) -> dict[str, Tensor]:
-        """Bring pixels and states to the networks' range."""
-        seen = dict(observation)
-        if self.encoder is not None:
-            seen["pixels"] = self.encoder.normalize(observation["pixels"])
-        if self.moments is not None:
-            seen["state"] = self.moments.normalize(observation["state"])
-        return seen
-
-    def forward(self, observation: Observation) -> tuple[Gaussian | Categorical, Tensor]:
-        """Return the policy's distribution and the values [B]."""
-        return self.judge(self.normalize(observation))
-
-    def judge(self, normalized: Observation) -> tuple[Gaussian | Categorical, Tensor]:
-        """Return what `forward` does, of a normalized observation."""
-        parts = []
-        if self.encoder is not None:
-            parts.append(self.encoder(normalized["pixels"]))
-        if "state" in normalized:
-            parts.append(normalized["state"])
-        features = self.trunk(torch.cat(parts, dim=1))
-        head, value = self.actor(features), self.critic(features)[:, 0]
-        policy = Categorical(head) if self.log_std is None else Gaussian(head, self.log_std)
-        return policy, value
-
-
-def tanh_mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
-    """Return linear layers with tanh between, orthogonal with gain sqrt 2, the last with its own."""
-    layers: list[nn.Module] = []
-    for place, (inside, outside) in enumerate(pairwise(sizes)):
-        is_last = place == len(sizes) - 2
-        layer = nn.Linear(inside, outside)
-        nn.init.orthogonal_(layer.weight, last_gain if is_last else math.sqrt(2))
-        nn.init.zeros_(layer.bias)
-        layers += [layer] if is_last else [layer, nn.Tanh()]
-    return nn.Sequential(*layers)
-
-
 def value_loss(value: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error of values [B] (PPO's paper, eq. 9)."""
     return F.mse_loss(value, target)
@@ -294,7 +222,15 @@ class PPO(OnPolicyAgent):
             self.pad = max(1, round(config.pad * spaces["pixels"].shape[-1] / 84))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
-            self.network = ActorValue(spaces, action_space, config)
+            self.network = ActorValue(
+                spaces,
+                action_space,
+                hidden=config.hidden,
+                encoder=config.encoder,
+                feature_dim=config.feature_dim,
+                initial_log_std=config.initial_log_std,
+                normalize_observation=config.normalize_observation,
+            )
         self.network.to(self.device)
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
         self.surrogate = config.surrogate_loss()
