@@ -131,13 +131,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     """Return config.json's content for parsed flags: everything resolved, nothing left to defaults."""
     device = check_device(given["device"])
     protocol = protocol_values(given.get("protocol"), given["env"])
-    for name in protocol.keys() & given.keys() - {"quality"}:
-        if given[name] != protocol[name]:
-            fixed = "the task's own" if protocol[name] is None else protocol[name]
-            raise UserError(
-                f"{name} is {given[name]}, but protocol '{given['protocol']}' fixes {fixed} for {given['env']}; "
-                f"leave out --{name.replace('_', '-')} or the protocol"
-            )
+    refuse_what_a_protocol_fixes(given, protocol)
     if given.get("split") == "test":
         raise UserError(
             "--split test is what evaluations are made of; train on the train split, choose on validation"
@@ -177,6 +171,20 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         "replay_storage": given["replay_storage"],
         "preset": given["preset"],
     }
+
+
+def refuse_what_a_protocol_fixes(given: dict[str, Any], protocol: dict[str, Any]) -> None:
+    """Raise UserError that names every flag whose value is not the protocol's; quality is only warned of."""
+    own = "the task's own"
+    told = [
+        f"{name} is {given[name]}, but protocol '{given['protocol']}' fixes {own if value is None else value}"
+        for name, value in protocol.items()
+        if name != "quality" and name in given and given[name] != value
+    ]
+    if told:
+        raise UserError(
+            f"{'; '.join(told)} for {given['env']}; leave these flags out, or the protocol"
+        )
 
 
 def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, dict[str, Any]]:
