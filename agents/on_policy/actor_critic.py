@@ -1,0 +1,380 @@
+"""The skeleton that on-policy agents share: act, credit, statistics, state; how they learn is each algorithm's own.
+
+The order inside one update: scale rewards, advantages and targets from the values that were seen while acting, the
+algorithm's gradient steps (`OnPolicyActorCritic.learn`), then the statistics by which the next rollout is normalized.
+
+Differences from common implementations:
+- Time limits bootstrap from the episode's own last observation, terminations do not, and steps whose worker died are
+  left out.
+- Observations and rewards are normalized inside the agent, with statistics that change only after an update: what acts
+  and what learns see the same numbers, so the ratio is 1 at the first inner step.
+- From pixels, actor and critic share an encoder (as in DrQ-v2's networks); `value_regularization` adds DrAC's term
+  on shifted pictures (Raileanu et al. 2021, https://arxiv.org/abs/2006.12862, eqs. 4-5, policy and value).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agents.core.advantages import generalized_advantage
+from agents.core.agent import Observation, OnPolicyAgent, ReplaySettings
+from agents.core.augmentations import random_shift
+from agents.core.distributions import Categorical, Gaussian
+from agents.core.encoders import EncoderName
+from agents.core.errors import UserError
+from agents.core.fields import Field, observation_boxes
+from agents.core.normalizers import RewardScale
+from agents.core.pictures import overlay_grid
+from agents.core.rollout import Experience
+from agents.core.saliency import frame_saliency, input_gradient
+from agents.on_policy.actor_value import ActorValue
+
+Ranges = tuple[tuple[str, Callable[[Any], bool], str], ...]
+"""Fields (several names in one string), what fits them, and how to say so."""
+
+
+def at_least_one(value: Any) -> bool:
+    """Whether a number counts something."""
+    return bool(value >= 1)
+
+
+def not_negative(value: Any) -> bool:
+    """Whether a number is a weight or a distance."""
+    return bool(value >= 0)
+
+
+def positive(value: Any) -> bool:
+    """Whether a number is above 0; infinity is."""
+    return bool(value > 0)
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig:
+    """What on-policy agents have in common; defaults from Stable-Baselines3's PPO unless a field says otherwise."""
+
+    rollout_length: int = 2048
+    """Steps of every environment between updates."""
+    minibatch_size: int = 64
+    """Steps per gradient step, about."""
+    epochs: int = 10
+    """Passes over a rollout."""
+    discount: float = 0.99
+    """Discount per agent step."""
+    gae_lambda: float = 0.95
+    """Lambda of the generalized advantage estimate."""
+    learning_rate: float = 3e-4
+    """Adam step size."""
+    value_coefficient: float = 0.5
+    """Weight of the value loss."""
+    max_gradient_norm: float = 0.5
+    """Gradients are scaled down to this norm."""
+    normalize_advantage: bool = True
+    """Bring every minibatch's advantages to mean 0 and spread 1."""
+    normalize_observation: bool = False
+    """Bring states to mean 0 and spread 1 (Stable-Baselines3's VecNormalize)."""
+    scale_reward: bool = False
+    """Divide rewards by the spread of the discounted return (Stable-Baselines3's VecNormalize)."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of actor and critic."""
+    initial_log_std: float = 0.0
+    """Log standard deviation of a continuous policy at the start."""
+    encoder: EncoderName = "drqv2"
+    """Convolutions over pixels; see `agents.core.encoders.ENCODERS`."""
+    feature_dim: int = 50
+    """Length of the projection behind the encoder (DrQ-v2)."""
+    value_regularization: float = 0.0
+    """Weight of DrAC's term: policy and value of a shifted picture like those of the picture (DrAC .1)."""
+    pad: int = 4
+    """Largest shift in pixels at 84 x 84, scaled with the picture, for that term (DrAC 12)."""
+
+    RANGES: ClassVar[Ranges] = (
+        ("rollout_length minibatch_size epochs feature_dim", at_least_one, "a positive number"),
+        ("max_gradient_norm", positive, "a positive number"),
+        ("learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
+        ("discount gae_lambda", lambda value: 0 <= value <= 1, "a number in [0, 1]"),
+        ("value_coefficient value_regularization pad", not_negative, "0 or more"),
+        ("initial_log_std", math.isfinite, "a finite number"),
+        ("hidden", lambda value: min(value, default=1) >= 1, "positive widths"),
+    )
+
+    def __post_init__(self) -> None:
+        """Reject values that the agent cannot run with; an algorithm's config adds its own `RANGES`."""
+        for owner in reversed(type(self).__mro__):
+            for names, fits, wanted in vars(owner).get("RANGES", ()):
+                for name in names.split():
+                    value = getattr(self, name)
+                    if not fits(value):
+                        raise UserError(f"{name} is {value}; give {wanted}")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is learned from, beside observations; steps are numbered through the flattened [T, N]."""
+
+    action: Tensor
+    """float32 [B, A], or int64 [B], as it was drawn."""
+    log_prob: Tensor
+    """[B], under the policy that acted."""
+    advantage: Tensor
+    """[B]."""
+    target: Tensor
+    """[B], what the value should be."""
+
+    def at(self, index: Tensor) -> Samples:
+        """Return the samples of these steps."""
+        place = index.to(self.action.device)
+        return Samples(
+            self.action[place], self.log_prob[place], self.advantage[place], self.target[place]
+        )
+
+
+def value_loss(value: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of values [B] (PPO's paper, eq. 9).
+
+    It is not clipped (Andrychowicz et al. 2021, https://arxiv.org/abs/2006.05990, section 3.7).
+    """
+    return F.mse_loss(value, target)
+
+
+def normalized(advantage: Tensor) -> Tensor:
+    """Bring advantages [B] to mean 0 and spread 1; a single one stays."""
+    if len(advantage) < 2:
+        return advantage
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+def regularization_loss(
+    policy: Gaussian | Categorical, value: Tensor, seen: Gaussian | Categorical, seen_value: Tensor
+) -> Tensor:
+    """Return DrAC's term: an augmented picture's policy and value should be those of the picture.
+
+    Args:
+        policy: of the picture as it is; it gets no gradient.
+        value: [B], likewise.
+        seen: the policy of the augmented picture.
+        seen_value: [B], its value.
+    """
+    if isinstance(policy, Categorical) and isinstance(seen, Categorical):
+        target = policy.logits.detach().log_softmax(-1)
+        divergence = (target.exp() * (target - seen.logits.log_softmax(-1))).sum(-1)
+    else:
+        assert isinstance(policy, Gaussian)
+        assert isinstance(seen, Gaussian)
+        # Both have one spread, so that their KL is the distance of the means in its units.
+        difference = (seen.mean - policy.mean.detach()) * torch.exp(-seen.log_std.detach())
+        divergence = 0.5 * difference.square().sum(-1)
+    return divergence.mean() + F.mse_loss(seen_value, value.detach())
+
+
+def mean_metrics(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the means over gradient steps, of the names that the first one has."""
+    return {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
+
+
+class OnPolicyActorCritic(OnPolicyAgent):
+    """A policy and a value that learn from rollouts; see the module's docstring.
+
+    Args:
+        observation_space: uint8 pixels (3*k, H, W), a float vector, or a Dict of both.
+        action_space: Box or Discrete.
+        config: settings.
+        num_envs: environments that act side by side; rewards are scaled by each one's return.
+        device: where networks live.
+        seed: of weights, exploration and minibatches.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        config: OnPolicyConfig,
+        *,
+        num_envs: int = 1,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        name = type(self).__name__
+        if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete):
+            raise UserError(f"{name} acts in Box and Discrete spaces, not in {action_space}")
+        if getattr(action_space, "start", 0) != 0:
+            raise UserError(f"{name} numbers actions from 0, not as in {action_space}")
+        self.config, self.device = config, torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.order = np.random.default_rng(seed)
+        self.shape = action_space.shape or ()
+        spaces = observation_boxes(observation_space)
+        self.pad = 0
+        if "pixels" in spaces and config.pad:
+            self.pad = max(1, round(config.pad * spaces["pixels"].shape[-1] / 84))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
+            self.network = ActorValue(
+                spaces,
+                action_space,
+                hidden=config.hidden,
+                encoder=config.encoder,
+                feature_dim=config.feature_dim,
+                initial_log_std=config.initial_log_std,
+                normalize_observation=config.normalize_observation,
+            )
+        self.network.to(self.device)
+        self.rewards = RewardScale(num_envs, config.discount).to(self.device)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=config.learning_rate, eps=1e-5
+        )
+        self.extras = {"log_prob": Field(), "value": Field()}
+        self.rollout_length, self.gradient_updates = config.rollout_length, 0
+        size = min(config.minibatch_size, config.rollout_length * num_envs)
+        self.replay_settings = ReplaySettings(size, 1, config.discount)
+
+    @torch.no_grad()
+    def act(
+        self, observation: Observation, state: Any = None, *, explore: bool
+    ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
+        """See `Agent.act`; what explores may leave [-1, 1]: environments get it clipped, the update as it was drawn."""
+        policy, value = self.network(observation)
+        action = policy.sample(self.generator) if explore else policy.mode()
+        if self.shape and not explore:
+            action = action.clamp(-1, 1)
+        extras = {"log_prob": policy.log_prob(action), "value": value}
+        return (
+            action.unflatten(-1, self.shape).cpu().numpy() if self.shape else action.cpu().numpy(),
+            None,
+            extras,
+        )
+
+    @abstractmethod
+    def learn(self, experience: Experience, samples: Samples) -> dict[str, Tensor]:
+        """Take the gradient steps of one update, and return metrics.
+
+        Args:
+            experience: the rollout, for observations and minibatches.
+            samples: actions, their log-probabilities, advantages and targets of every step.
+        """
+
+    def update(self, batch: Experience) -> dict[str, Tensor]:
+        """Learn from a rollout, then take it into the statistics."""
+        if not batch.kept.any():  # every worker died in every step
+            return {}
+        value, samples = batch.extras["value"], self.credit(batch)
+        metrics = self.learn(batch, samples)
+        self._take_in(batch)
+        kept, target = batch.kept.flatten(), samples.target
+        spread = target[kept].var(correction=0)
+        unexplained = (target - value.flatten())[kept].var(correction=0) / spread.clamp(min=1e-12)
+        return metrics | {
+            "value/explained_variance": 1 - unexplained,
+            "value/target": target[kept].mean(),
+        }
+
+    def credit(self, experience: Experience) -> Samples:
+        """Return how much better than expected every step turned out, and what its value should be."""
+        config, value = self.config, experience.extras["value"]
+        reward = self.rewards.scale(experience.reward) if config.scale_reward else experience.reward
+        advantage = generalized_advantage(
+            reward,
+            value,
+            experience.next_values(value, self._values),
+            experience.terminated,
+            experience.truncated,
+            discount=config.discount,
+            gae_lambda=config.gae_lambda,
+        )
+        action = experience.action.flatten(0, 1)
+        return Samples(
+            action=action.flatten(1) if self.shape else action,
+            log_prob=experience.extras["log_prob"].flatten(),
+            advantage=advantage.flatten(),
+            target=(advantage + value).flatten(),
+        )
+
+    def minibatches(self, experience: Experience) -> Iterator[Tensor]:
+        """Yield the step numbers of one pass's minibatches."""
+        yield from experience.minibatches(self.config.minibatch_size, self.order)
+
+    def critic_loss(
+        self,
+        observation: Observation,
+        policy: Gaussian | Categorical,
+        value: Tensor,
+        target: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss of the value with DrAC's term, and metrics."""
+        config = self.config
+        error = value_loss(value, target)
+        loss = config.value_coefficient * error
+        if config.value_regularization and self.pad:
+            shifted = random_shift(observation["pixels"], self.generator, self.pad)
+            again = self.network({**observation, "pixels": shifted})
+            loss = loss + config.value_regularization * regularization_loss(policy, value, *again)
+        return loss, {"loss/value": error.detach()}
+
+    def descend(self, loss: Tensor) -> Tensor:
+        """Take one gradient step, and return the gradient's norm before it was scaled down."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_gradient_norm)
+        self.optimizer.step()
+        self.gradient_updates += 1
+        return norm.detach()
+
+    @torch.no_grad()
+    def _values(self, observation: Observation) -> Tensor:
+        return self.network(observation)[1]
+
+    def _take_in(self, experience: Experience) -> None:
+        """Update the statistics by which the next rollout is normalized."""
+        if self.config.scale_reward:
+            self.rewards.update(
+                experience.reward, experience.terminated | experience.truncated | ~experience.kept
+            )
+        if self.network.moments is not None:
+            index = experience.kept.flatten().nonzero()[:, 0].cpu()
+            self.network.moments.update(experience.observation(index)["state"])
+
+    def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
+        """Return where the value looks, by guided backpropagation."""
+        if "pixels" not in observation:
+            return None
+        with torch.enable_grad():
+            seen = self.network.normalize(observation)
+            seen["pixels"] = seen["pixels"].detach().requires_grad_()
+            _, value = self.network.judge(seen)
+            return frame_saliency(input_gradient(value, seen["pixels"], "guided")).float()
+
+    def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
+        """Return the saliency over the newest frames."""
+        seen = self.saliency(observation, action)
+        return {} if seen is None else {"saliency": overlay_grid(observation["pixels"], seen)}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the modules to save, statistics among them."""
+        return {"network": self.network, "rewards": self.rewards}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizer to save."""
+        return {"network": self.optimizer}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return the generator that orders minibatches, and the counter."""
+        return {
+            "order": self.order.bit_generator.state,
+            "gradient_updates": self.gradient_updates,
+            "running_returns": self.rewards.running.clone(),
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the generator that orders minibatches, and the counter."""
+        self.order.bit_generator.state = state["order"]
+        self.gradient_updates = state["gradient_updates"]
+        self.rewards.running.copy_(state["running_returns"])
