@@ -53,6 +53,7 @@ def make(
     size: int = 84,
     frame_stack: int = 3,
     action_repeat: int | None = None,
+    action_chunk: int = 1,
     quality: Literal["auto", "reference", "fast"] = "auto",
     supersample: int = 1,
     camera: str | int | None = None,
@@ -76,8 +77,9 @@ def make(
             before it.
         size: height and width of the picture in pixels.
         frame_stack: pictures per observation.
-        action_repeat: control steps per agent step; None is the protocol's, else the task's usual
-            one.
+        action_repeat: control steps per action; None is the protocol's, else the task's usual one.
+        action_chunk: actions per agent step; above 1 an action is [chunk, A], the reward the sum, and
+            only what is seen after the last one is drawn.
         quality: `reference` draws exactly what the simulator's own renderer draws, `fast` the same
             scene without shadows, reflections and multisampling; `auto` is `fast` where GL runs in
             software.
@@ -109,6 +111,7 @@ def make(
         size=size,
         frame_stack=frame_stack,
         action_repeat=action_repeat,
+        action_chunk=action_chunk,
         quality=quality,
         supersample=supersample,
         camera=camera,

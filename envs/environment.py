@@ -46,6 +46,7 @@ class Environment(Pixels):
             size=settings.size,
             frame_stack=settings.frame_stack,
             action_repeat=settings.action_repeat,
+            action_chunk=settings.action_chunk,
             quality=settings.quality,
             supersample=settings.supersample,
             camera=settings.camera,

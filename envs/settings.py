@@ -32,6 +32,7 @@ class Settings:
     size: int = 84
     frame_stack: int = 3
     action_repeat: int | None = None
+    action_chunk: int = 1
     quality: Literal["auto", "reference", "fast"] = "auto"
     supersample: int = 1
     camera: str | int | None = None
@@ -79,6 +80,7 @@ class Settings:
         _whole_number("size", self.size, 8, 4096)
         _whole_number("frame_stack", self.frame_stack, 1, 64)
         _whole_number("supersample", self.supersample, 1, 16)
+        _whole_number("action_chunk", self.action_chunk, 1, 1000)
         for name in ("action_repeat", "episode_length"):
             if getattr(self, name) is not None:
                 _whole_number(name, getattr(self, name), 1, 1_000_000_000)

@@ -38,21 +38,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_dataclass(
-    parser: argparse.ArgumentParser, title: str, defaults: Any, skip: Sequence[str] = ()
+    parser: argparse.ArgumentParser,
+    title: str,
+    defaults: Any,
+    skip: Sequence[str] = (),
+    docs: Mapping[str, str] | None = None,
 ) -> None:
     """Add a group with one flag per field of `defaults`, a dataclass instance.
 
     Flags that are not given are absent from the namespace, so that presets and saved configs can fill them.
+
+    Args:
+        parser: gets the group.
+        title: its heading.
+        defaults: the values that the help shows.
+        skip: fields without a flag.
+        docs: by field, where they do not stand under the fields themselves.
     """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(type(defaults))
-    docs = field_docs(defaults.__class__)
+    docs = field_docs(defaults.__class__) if docs is None else docs
     for field in dataclasses.fields(defaults):
         if field.name in skip:
             continue
         value = getattr(defaults, field.name)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        text = f"{docs.get(field.name, '')} [{shown}]".replace("%", "%%")
+        plain = docs.get(field.name, "").replace("`", "").replace("%", "%%")
+        text = plain if value is None else f"{plain} [{shown}]"
         flag = "--" + field.name.replace("_", "-")
         group.add_argument(
             flag, dest=field.name, default=argparse.SUPPRESS, help=text, **_flag(hints[field.name])

@@ -22,17 +22,20 @@ import sys
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
+from agents.core.settings import to_dict
 from agents.policy import read_config
 from agents.registry import find
 from envs import get_spec
+from envs.settings import Settings
 from experiments import train
 from experiments.arguments import Parser, run_command
 from experiments.compare import difference
@@ -40,6 +43,7 @@ from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS
 from experiments.imports import add_import_flag
 from experiments.runs import command_line, describe_system
+from experiments.settings import VectorSettings, loop_settings
 from wrappers.distraction.presets import make_distraction
 
 COLUMNS = (
@@ -181,7 +185,7 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
     wanted = json.loads(
         json.dumps(train.new_config(vars(train.parser(job.agent).parse_args(words))))
     )
-    found = read_config(job.results)
+    found = with_new_fields(read_config(job.results))
     for part in ("agent", "env", "vector", "train", "configs"):
         if (where := difference(found[part], wanted[part], part)) is not None:
             raise UserError(
@@ -198,6 +202,21 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
             f"'{job.results}' was evaluated in {result['episodes_per_distraction']} episodes each of "
             f"{' '.join(result['results'])}; give these --episodes and --distractions, or another --archive"
         )
+
+
+def with_new_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's config with the fields that later versions added: a run without them had their defaults."""
+    defaults = {
+        "env": asdict(Settings(config["env"]["id"])),
+        "vector": asdict(VectorSettings()),
+        "train": asdict(loop_settings(config["agent"])),
+    }
+    known = {name: {**default, **config[name]} for name, default in defaults.items()}
+    configs = {
+        type(own).__name__: {**to_dict(own), **config["configs"][type(own).__name__]}
+        for own in find(config["agent"]).configs
+    }
+    return {**config, **known, "configs": configs}
 
 
 def _check_results(out: Path, jobs: Sequence[Job]) -> None:

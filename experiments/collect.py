@@ -25,6 +25,7 @@ import envs
 from agents import Policy
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
+from agents.core.settings import argument_docs
 from agents.policy import read_config
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
@@ -70,7 +71,13 @@ def parser() -> Parser:
         "--checkpoint", default="latest", help="latest, best or a checkpoint's name [latest]"
     )
     p.add_argument("--device", default="cpu", help="where a run's policy acts [cpu]")
-    add_dataclass(p, "task", Settings(""), skip=("id", "seed", "foreground_mask"))
+    add_dataclass(
+        p,
+        "task",
+        Settings(""),
+        skip=("id", "seed", "foreground_mask"),
+        docs=argument_docs(envs.make),
+    )
     return p
 
 

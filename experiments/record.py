@@ -31,7 +31,7 @@ from experiments.captions import Caption
 from experiments.evaluate import DISTRACTIONS
 from experiments.imports import add_import_flag, import_for_run
 from experiments.rollouts import episode_seeds
-from experiments.settings import check_device
+from experiments.settings import check_device, control_steps
 from wrappers.distraction.presets import make_distraction
 
 PANEL = 192
@@ -137,7 +137,7 @@ def film_files(
 
 def speed(env: envs.Environment) -> float:
     """Return how many agent steps the task takes in a second of its own."""
-    return env.metadata.get("render_fps", 30) / env.settings["action_repeat"]
+    return env.metadata.get("render_fps", 30) / control_steps(env.settings)
 
 
 def episode(policy: Policy, env: envs.Environment, seed: int) -> Iterator[Moment]:

@@ -37,7 +37,7 @@ from experiments.estimates import check_batch, random_batch, random_rollout, sec
 from experiments.evaluate import enlarge
 from experiments.rollouts import run_episodes
 from experiments.runs import write_json
-from experiments.settings import read_loop
+from experiments.settings import control_steps, read_loop
 
 
 class Session:
@@ -95,7 +95,7 @@ class Session:
             self.settings,
             logger=self.logger,
             checkpoints=self.checkpoints,
-            action_repeat=config["env"]["action_repeat"],
+            action_repeat=control_steps(config["env"]),
             seed=seeds["exploration"],
             hooks=Hooks(evaluate=self.evaluate, render_seconds=self._render_seconds),
         )
@@ -242,7 +242,7 @@ class Session:
     def _episode_steps(self) -> int:
         """Return the agent steps of an episode that runs to its time limit; 0 where the task does not say."""
         length = self.config["env"]["episode_length"] or 0
-        return -(-length // self.config["env"]["action_repeat"])
+        return -(-length // control_steps(self.config["env"]))
 
     def close(self) -> None:
         """Close environments and logger."""

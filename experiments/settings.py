@@ -110,6 +110,11 @@ def find_preset(name: str, device: str) -> dict[str, Any]:
     return PRESETS[_resolve(name, device)]
 
 
+def control_steps(env: Mapping[str, Any]) -> int:
+    """Return the control steps of an agent step, of settings that an environment or config.json has."""
+    return int(env["action_repeat"]) * int(env.get("action_chunk", 1))  # older runs have no chunks
+
+
 def preset_discount(name: str, device: str, action_repeat: int) -> dict[str, float]:
     """Return the discount per agent step of a preset that fixes it per control step, cut to two digits."""
     per_control_step = DISCOUNTS.get(_resolve(name, device))

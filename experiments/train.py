@@ -25,7 +25,7 @@ from agents import AGENTS
 from agents.core.errors import UserError
 from agents.core.imports import import_modules, recorded_imports
 from agents.core.seeding import spawn_seeds
-from agents.core.settings import to_dict
+from agents.core.settings import argument_docs, to_dict
 from agents.policy import SCHEMA, read_config
 from agents.registry import find
 from envs.settings import Settings
@@ -44,6 +44,7 @@ from experiments.settings import (
     PRESETS,
     VectorSettings,
     check_device,
+    control_steps,
     find_preset,
     loop_settings,
     preset_discount,
@@ -89,7 +90,13 @@ def parser(agent: str) -> Parser:
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
     p.add_argument("--replay-storage", default="auto", choices=("auto", "device", "ram", "mmap"),
                    help="where the replay lies; auto: device, else RAM, else a file [auto]")  # fmt: skip
-    add_dataclass(p, "task", Settings(DEFAULT_ENV), skip=("id", "seed", "foreground_mask"))
+    add_dataclass(
+        p,
+        "task",
+        Settings(DEFAULT_ENV),
+        skip=("id", "seed", "foreground_mask"),
+        docs=argument_docs(envs.make),
+    )
     add_dataclass(p, "parallel environments", VectorSettings())
     add_dataclass(p, "loop", loop_settings(agent))
     for config in spec.configs:
@@ -154,7 +161,11 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     )
     task = fill(task, {"seed": seeds["environment"]}).resolved()
     assert task.action_repeat is not None
-    sources = (preset | preset_discount(name, device, task.action_repeat), protocol, given)
+    sources = (
+        preset | preset_discount(name, device, control_steps(task.as_dict())),
+        protocol,
+        given,
+    )
     loop = fill(loop_settings(given["agent"]), *sources)
     vector = fill(VectorSettings(), *sources)
     configs = [fill(config, *sources) for config in find(given["agent"]).configs]

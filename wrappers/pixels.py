@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from wrappers.distraction.base import Distraction
+from wrappers.errors import UserError
 from wrappers.supersampling import Supersampled
 from wrappers.view import View
 
@@ -22,12 +23,27 @@ if TYPE_CHECKING:
 DISTRACTION_STREAM = 0xD157
 
 
+def chunk_space(space: spaces.Space, chunk: int) -> spaces.Box:
+    """Return the space of `chunk` actions of a space, one after the other.
+
+    Raises:
+        UserError: the actions are not continuous.
+    """
+    if not isinstance(space, spaces.Box):
+        raise UserError(
+            f"action_chunk is {chunk}, but only Box actions come in chunks, not {space}"
+        )
+    low, high = (np.broadcast_to(bound, (chunk, *space.shape)) for bound in (space.low, space.high))
+    return spaces.Box(low, high, dtype=space.dtype.type)
+
+
 class Pixels(gymnasium.Wrapper):
     """Turns a simulator's adapter into the environment that agents act in.
 
     One step repeats the action, sums the rewards, stops at the episode's end, and renders once:
     nothing is rendered where the observation is only the state. GL is not touched before the first
-    picture.
+    picture. With `action_chunk` one step takes several actions, one after the other, and is still
+    seen once: at its end.
 
     Args:
         env: an adapter: a Gymnasium environment with a flat state observation, `view`,
@@ -37,7 +53,9 @@ class Pixels(gymnasium.Wrapper):
             adapter's own; "both" a dict of them.
         size: height and width of the picture.
         frame_stack: how many pictures an observation holds.
-        action_repeat: simulator steps per agent step.
+        action_repeat: simulator steps per action.
+        action_chunk: actions per agent step; above 1 the action space is a Box [chunk, A], and a
+            frame stack holds what was seen between chunks.
         quality: "reference" or "fast", see the adapter's `view`.
         supersample: draw this many times larger in both directions and average.
         camera: name or number of the camera; None is the adapter's default.
@@ -57,6 +75,7 @@ class Pixels(gymnasium.Wrapper):
         size: int = 84,
         frame_stack: int = 3,
         action_repeat: int = 1,
+        action_chunk: int = 1,
         quality: Literal["reference", "fast"] = "reference",
         supersample: int = 1,
         camera: str | int | None = None,
@@ -65,6 +84,9 @@ class Pixels(gymnasium.Wrapper):
     ) -> None:
         super().__init__(env)
         self.action_repeat = action_repeat
+        self.action_chunk = action_chunk
+        if action_chunk > 1:
+            self.action_space = chunk_space(env.action_space, action_chunk)
         self.distraction = distraction
         self._mode = observation
         self._foreground_mask = foreground_mask
@@ -77,6 +99,7 @@ class Pixels(gymnasium.Wrapper):
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)  # uint8 [3, size, size] each
         self._state = np.zeros(0, np.float32)
         self._has_begun = False
+        self._taken = 0  # actions of the newest step
         self.render_seconds = 0.0
         pixels = spaces.Box(0, 255, (3 * frame_stack, size, size), np.uint8)
         self.observation_space = {
@@ -103,18 +126,26 @@ class Pixels(gymnasium.Wrapper):
         return self._first_look(seed), self._with_foreground(info)
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Repeat `action` and sum the rewards; a success at any moment of it counts."""
+        """Repeat every action and sum the rewards; a success at any moment of it counts."""
         self._check_begun()
-        total, success = 0.0, 0.0
-        for _ in range(self.action_repeat):
-            self._state, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            success = max(success, info.get("success", 0.0))
-            if terminated or truncated:
+        total, success, ended = 0.0, 0.0, False
+        self._taken = 0
+        for single in action if self.action_chunk > 1 else (action,):
+            if ended:
                 break
+            self._taken += 1
+            for _ in range(self.action_repeat):
+                self._state, reward, terminated, truncated, info = self.env.step(single)
+                total += float(reward)
+                success = max(success, info.get("success", 0.0))
+                ended = terminated or truncated
+                if ended:
+                    break
+            if self.distraction is not None:
+                self.distraction.advance(self.view)
         if "success" in info:
             info["success"] = success
-        return self._next_look(), total, terminated, truncated, self._with_foreground(info)
+        return self._look(), total, terminated, truncated, self._with_foreground(info)
 
     def observe(self) -> Observation:
         """Return the current observation once more, for instance after `set_state`."""
@@ -165,7 +196,8 @@ class Pixels(gymnasium.Wrapper):
 
     def get_scene(self) -> dict[str, Any]:
         """Return the part of `get_state` that is there however it is seen: simulator and state observation."""
-        return {"env": self.env.get_wrapper_attr("get_state")(), "state": self._state.copy()}
+        scene = {"env": self.env.get_wrapper_attr("get_state")(), "state": self._state.copy()}
+        return scene if self.action_chunk == 1 else {**scene, "actions": self._taken}
 
     def show_scene(self, scene: dict[str, Any], *, seed: int | None = None) -> Observation:
         """Look at a scene as if an episode here had led to it, and return the observation.
@@ -181,7 +213,12 @@ class Pixels(gymnasium.Wrapper):
             self._check_begun()
         self.env.get_wrapper_attr("set_state")(scene["env"])
         self._state = scene["state"].copy()
-        return self._next_look() if seed is None else self._first_look(seed)
+        if seed is not None:
+            return self._first_look(seed)
+        if self.distraction is not None:
+            for _ in range(scene.get("actions", 1)):
+                self.distraction.advance(self.view)
+        return self._look()
 
     def _first_look(self, seed: int | None) -> Observation:
         """Draw an episode's appearance and return the first observation."""
@@ -191,12 +228,6 @@ class Pixels(gymnasium.Wrapper):
         if self.distraction is not None:
             self.distraction.reset(self.view, self._rng)
         self._frames.clear()
-        return self._look()
-
-    def _next_look(self) -> Observation:
-        """Let the appearance go on by an agent step and return the observation."""
-        if self.distraction is not None:
-            self.distraction.advance(self.view)
         return self._look()
 
     def _check_begun(self) -> None:

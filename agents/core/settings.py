@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -41,6 +42,20 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+def argument_docs(function: Callable[..., Any]) -> dict[str, str]:
+    """Return what the Google docstring of a function says of each argument.
+
+    Example:
+        >>> argument_docs(from_dict)["values"]
+        'by field, as `to_dict` returned them.'
+    """
+    _, _, behind = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
+    section = re.split(r"\n\n?(?=\S)", behind)[0]
+    entries = re.split(r"(?:^|\n)    (?=\w+:)", section)[1:]
+    named = (entry.partition(": ") for entry in entries)
+    return {name: " ".join(text.split()) for name, _, text in named}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config dataclass as JSON-able values (tuples become lists)."""
     return {
@@ -52,6 +67,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """Rebuild a config from `to_dict`'s values.
+
+    Args:
+        cls: its dataclass.
+        values: by field, as `to_dict` returned them.
 
     Raises:
         UserError: a field is unknown (the run was made by another version).

@@ -190,7 +190,8 @@ class ActorCritic(Agent):
             spaces["pixels"] = self._cropped(spaces["pixels"])
             scaled = round(config.pad * spaces["pixels"].shape[-1] / 84)
             self.pad = max(1, scaled) if config.pad else 0
-        self.action_dim = action_space.shape[0]
+        self.action_shape = action_space.shape
+        self.action_dim = math.prod(action_space.shape)  # a chunk of actions is one long action
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
             self.critic = Critic(spaces, self.action_dim, config, bf16=bf16)
@@ -234,17 +235,15 @@ class ActorCritic(Agent):
         with torch.no_grad():
             seen = self.critic.normalize(self._center(observation))
             action = self.policy(self.critic.encode(seen), explore=explore)
-        return action.float().cpu().numpy(), None, {}
+        return action.float().unflatten(-1, self.action_shape).cpu().numpy(), None, {}
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One critic step; actor, averages and the method's auxiliary step when they are due."""
         self.updates += 1
-        observation = self.augment(batch.observation)
+        observation, action = self.augment(batch.observation), batch.action.flatten(1)
         with torch.no_grad():
             target = self.target_value(batch)
-        critic = self.method.critic_loss(
-            self.critic, observation, batch.action, target, self.generator
-        )
+        critic = self.method.critic_loss(self.critic, observation, action, target, self.generator)
         self.critic_optimizer.zero_grad(set_to_none=True)
         # Only parameters: where a method asked for input gradients, the loss must not compute them again.
         critic.loss.backward(inputs=list(self.critic.parameters()))
@@ -260,7 +259,7 @@ class ActorCritic(Agent):
         if self.updates % self.config.target_every == 0:
             self.update_target()
         return metrics | self.method.auxiliary_update(
-            self.critic, observation, batch.action, self.generator, self.updates
+            self.critic, observation, action, self.generator, self.updates
         )
 
     def target_value(self, batch: Batch) -> Tensor:
@@ -297,7 +296,7 @@ class ActorCritic(Agent):
         """Return where the first critic looks, by guided backpropagation; a cropped border is never looked at."""
         if "pixels" not in observation:
             return None
-        seen = critic_saliency(self.critic, self._center(observation), action, "guided")
+        seen = critic_saliency(self.critic, self._center(observation), action.flatten(1), "guided")
         height, width = observation["pixels"].shape[-2:]
         top, left = (height - seen.shape[-2]) // 2, (width - seen.shape[-1]) // 2
         right, bottom = width - seen.shape[-1] - left, height - seen.shape[-2] - top
@@ -307,7 +306,7 @@ class ActorCritic(Agent):
         """Return what a batch looks like: saliency over frames, and the pictures that the critic is trained on."""
         if "pixels" not in observation:
             return {}
-        pictures = self.method.images(self.critic, self._center(observation), action)
+        pictures = self.method.images(self.critic, self._center(observation), action.flatten(1))
         if self.config.augmentation != "none" and "augmentation" not in pictures:
             # A generator of its own: drawing a picture must not move the training's random stream.
             generator = torch.Generator(self.device).manual_seed(0)

@@ -64,6 +64,15 @@ def test_a_shown_episode_is_the_one_that_would_have_been(id: str, distraction: s
             assert difference(shown, wanted) is None
 
 
+def test_videos_go_on_through_a_chunk_of_actions() -> None:
+    chunked = {"action_chunk": 3, "episode_length": 3 * STEPS - 1}  # the last chunk is cut short
+    _, (scenes,) = play("toy/reach-drift", [3], observation="state", **chunked)
+    (wanted,), _ = play("toy/reach-drift", [3], distraction="video_hard", **chunked)
+    with closing(envs.make("toy/reach-drift", size=24, distraction="video_hard", **chunked)) as env:
+        shown = [env.show_scene(s, seed=None if i else 3) for i, s in enumerate(scenes)]
+    assert difference(shown, wanted) is None
+
+
 def test_a_scene_is_gone_on_from_exactly() -> None:
     _, (scenes,) = play("toy/reach-drift", [3])
     with closing(envs.make("toy/reach-drift", size=24)) as env:

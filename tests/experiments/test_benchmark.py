@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,12 @@ def test_a_run_with_other_settings_is_not_taken_for_this_grids(
     benchmark.check_same(job, ["--preset", "debug"], 10, ["clean"])
     with pytest.raises(UserError, match=r"other settings than these.*train/steps"):
         benchmark.check_same(job, ["--preset", "debug", "--steps", "4000"], 10, ["clean"])
+    older = json.loads(json.dumps(config))  # of a version that did not have these
+    del older["env"]["action_chunk"], older["configs"]["SACConfig"]["reward_scale"]
+    write_json(folder / "config.json", older)
+    benchmark.check_same(job, ["--preset", "debug"], 10, ["clean"])
+    with pytest.raises(UserError, match=r"other settings.*action_chunk"):
+        benchmark.check_same(job, ["--preset", "debug", "--action-chunk", "2"], 10, ["clean"])
     kept = tmp_path / "kept"
     write_json(kept / "config.json", config)
     result = {"episodes_per_distraction": 2, "results": {"clean": {}}}

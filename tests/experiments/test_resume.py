@@ -48,6 +48,11 @@ def test_every_agent_resumes_exactly_on_the_toy_family(agent: str, tmp_path: Pat
     check_resume(agent, "toy/reach", tmp_path, half=24, episode_length=9)
 
 
+@pytest.mark.parametrize("agent", ["ppo", "drq"])
+def test_chunks_of_actions_resume_exactly(agent: str, tmp_path: Path) -> None:
+    check_resume(agent, "toy/reach", tmp_path, half=24, episode_length=25, action_chunk=3)
+
+
 @pytest.mark.parametrize("env", TASKS)
 def test_simulators_resume_exactly_in_mid_episode(env: str, tmp_path: Path) -> None:
     check_resume("sgqn", env, tmp_path, half=16, random_steps=4, action_repeat=2, episode_length=12)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from envs.toy import TASKS, Balance, Catch, Reach
 from wrappers.distraction.presets import DISTRACTIONS, make_distraction
 from wrappers.distraction.textures import ProceduralVideos
+from wrappers.errors import UserError
 from wrappers.pixels import Pixels
 
 # One level of the suite stands for the others.
@@ -93,6 +94,37 @@ def test_repeat_and_stack_follow_their_definition(
     assert counter.actions == naive_actions
     assert returns == time * (time + 1) / 2
     assert counter.renders == len(seen) - stack + 1, "one render per agent step and one at reset"
+
+
+@pytest.mark.parametrize("distraction", [None, "video_hard"])
+def test_a_chunk_is_its_actions_one_after_the_other(distraction: str | None) -> None:
+    chunked = make("reach", distraction, action_chunk=4, frame_stack=2)
+    single = make("reach", distraction, frame_stack=1)
+    length = -(-chunked.unwrapped.episode_length // 2)  # two control steps an action
+    assert chunked.action_space.shape == (4, 2)
+    assert length % 4, "the last chunk must be cut short"
+    frames = [chunked.reset(seed=3)[0]["pixels"][:3]]
+    single.reset(seed=3)
+    rng, taken, ended = np.random.default_rng(0), 0, False
+    while not ended:
+        actions = rng.uniform(-1, 1, (4, 2)).astype(np.float32)
+        observation, reward, terminated, truncated, _ = chunked.step(actions)
+        rewards = []
+        for action in actions[: length - taken]:
+            one, paid, *ends, _ = single.step(action)
+            rewards.append(paid)
+        taken, ended = taken + len(rewards), terminated or truncated
+        assert [terminated, truncated] == ends
+        assert reward == pytest.approx(sum(rewards))
+        assert (observation["state"] == one["state"]).all()
+        assert (observation["pixels"] == np.concatenate([frames[-1], one["pixels"]])).all()
+        frames.append(one["pixels"])
+    assert taken == length
+
+
+def test_only_continuous_actions_come_in_chunks() -> None:
+    with pytest.raises(UserError, match="only Box actions come in chunks"):
+        make("catch", None, action_chunk=2)
 
 
 def test_success_in_the_middle_of_a_repeat_is_kept() -> None:
