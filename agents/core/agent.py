@@ -63,6 +63,20 @@ class Agent(ABC):
             0-d detached metrics under fixed names.
         """
 
+    def greedy(self) -> nn.Module:
+        """Return `act` without exploring as a module, for export; it shares the agent's weights.
+
+        Its `forward` takes the parts of an observation by name, such as `pixels` and `state`, and returns the actions
+        as a tensor; `agents.core.greedy.GreedyPolicy` is one for agents whose action follows from features.
+
+        Raises:
+            UserError: the agent's action is no function of the observation alone, or nobody has said which.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot be exported: it does not say how it acts on tensors alone; "
+            "give it a `greedy` method that returns such a module"
+        )
+
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
         """Return the modules to save, by name."""

@@ -11,6 +11,7 @@ import copy
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -28,6 +29,7 @@ from agents.core.augmentations import (
 from agents.core.encoders import EncoderName, PixelEncoder
 from agents.core.errors import UserError
 from agents.core.fields import observation_boxes
+from agents.core.greedy import GreedyPolicy
 from agents.core.networks import Trunk, TwinQ, gradient_norm, polyak_update
 from agents.core.pictures import newest_frames
 from agents.core.replay import Batch
@@ -236,6 +238,13 @@ class ActorCritic(Agent):
             seen = self.critic.normalize(self._center(observation))
             action = self.policy(self.critic.encode(seen), explore=explore)
         return action.float().unflatten(-1, self.action_shape).cpu().numpy(), None, {}
+
+    def greedy(self) -> GreedyPolicy:
+        """See `Agent.greedy`."""
+        act = partial(self.policy, explore=False)
+        return GreedyPolicy(
+            act, self.action_shape, [self.actor], encoder=self.critic.encoder, crop=self.crop
+        )
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One critic step; actor, averages and the method's auxiliary step when they are due."""

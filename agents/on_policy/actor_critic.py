@@ -33,6 +33,7 @@ from agents.core.distributions import Categorical, Gaussian
 from agents.core.encoders import EncoderName
 from agents.core.errors import UserError
 from agents.core.fields import Field, observation_boxes
+from agents.core.greedy import GreedyPolicy
 from agents.core.normalizers import RewardScale
 from agents.core.pictures import overlay_grid
 from agents.core.rollout import Experience
@@ -243,15 +244,32 @@ class OnPolicyActorCritic(OnPolicyAgent):
     ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
         """See `Agent.act`; what explores may leave [-1, 1]: environments get it clipped, the update as it was drawn."""
         policy, value = self.network(observation)
-        action = policy.sample(self.generator) if explore else policy.mode()
-        if self.shape and not explore:
-            action = action.clamp(-1, 1)
+        action = policy.sample(self.generator) if explore else self._mode(policy)
         extras = {"log_prob": policy.log_prob(action), "value": value}
         return (
             action.unflatten(-1, self.shape).cpu().numpy() if self.shape else action.cpu().numpy(),
             None,
             extras,
         )
+
+    def greedy(self) -> GreedyPolicy:
+        """See `Agent.greedy`."""
+        network = self.network
+
+        def act(features: Tensor) -> Tensor:
+            return self._mode(network.distribution(network.trunk(features)))
+
+        return GreedyPolicy(
+            act,
+            self.shape,
+            [network.trunk, network.actor],
+            encoder=network.encoder,
+            moments=network.moments,
+        )
+
+    def _mode(self, policy: Gaussian | Categorical) -> Tensor:
+        """Return the most likely actions that the task knows: [B, A] in [-1, 1], or int64 [B]."""
+        return policy.mode().clamp(-1, 1) if self.shape else policy.mode()
 
     @abstractmethod
     def learn(self, experience: Experience, samples: Samples) -> dict[str, Tensor]:

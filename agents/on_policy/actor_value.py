@@ -82,10 +82,13 @@ class ActorValue(nn.Module):
             parts.append(self.encoder(normalized["pixels"]))
         if "state" in normalized:
             parts.append(normalized["state"])
-        features = self.trunk(torch.cat(parts, dim=1))
-        head, value = self.actor(features), self.critic(features)[:, 0]
-        policy = Categorical(head) if self.log_std is None else Gaussian(head, self.log_std)
-        return policy, value
+        projected = self.trunk(torch.cat(parts, dim=1))
+        return self.distribution(projected), self.critic(projected)[:, 0]
+
+    def distribution(self, projected: Tensor) -> Gaussian | Categorical:
+        """Return the policy's distribution behind the trunk."""
+        head = self.actor(projected)
+        return Categorical(head) if self.log_std is None else Gaussian(head, self.log_std)
 
 
 def tanh_mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
