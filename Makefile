@@ -1,11 +1,11 @@
 # Everything runs in .venv; `make demo` and `make test` set it up on a fresh machine.
 # TORCH_INDEX: where to take torch from, such as https://download.pytorch.org/whl/cpu (its +cpu outranks PyPI's build;
 # PyPI stays beside it, since that index need not hold the pinned versions of torch's own dependencies).
-# EXTRAS: what is installed beside what the commands need: dev (tests and linters), data (Minari), or nothing.
+# EXTRAS: beside what the commands need: dev (tests and linters), data (Minari), export (ONNX), or nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,data
+EXTRAS := dev,data,export
 comma := ,
 STAMP := $(VENV)/.sightline-installed-$(subst $(comma),-,$(EXTRAS))
 TORCH := $(VENV)/.torch-installed

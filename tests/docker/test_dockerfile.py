@@ -138,7 +138,7 @@ def test_the_makefile_installs_what_python_and_each_gl_backend_need() -> None:
 
 
 def test_the_image_has_no_tools_of_developers() -> None:
-    assert "--editable '.[dev,data]'" in made("setup")
+    assert "--editable '.[dev,data,export]'" in made("setup")
     assert "--editable '.'" in made("setup", "EXTRAS=")
 
 
