@@ -75,6 +75,12 @@ AGENTS: dict[str, AgentSpec] = {
     "spo": AgentSpec(
         PPO, (PPOConfig(surrogate="spo"),), "simple policy optimization", on_policy=True
     ),
+    "lpo": AgentSpec(
+        PPO,
+        (PPOConfig(surrogate="learned_drift"),),
+        "learnt policy optimization: PPO with a drift that evolution found",
+        on_policy=True,
+    ),
 }
 
 

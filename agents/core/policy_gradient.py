@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from agents.core.drift import LearnedDrift
+
 LARGEST = 20.0
 """Log-ratio above which the ratio grows linearly: exp(20) is 5e8, and its square still fits float32."""
 
@@ -147,6 +149,18 @@ def discovered_drift(
         F.relu(unwished - beta * torch.tanh(unwished / beta)),
     )
     return -(r * a - drift)
+
+
+def learned_drift(log_ratio: Tensor, advantage: Tensor, *, drift: LearnedDrift) -> Tensor:
+    """Return the loss of Learnt Policy Optimisation (Lu et al. 2022, arXiv:2210.05639): a drift that evolution found.
+
+    Args:
+        log_ratio: [*].
+        advantage: [*].
+        drift: see `agents.core.drift`.
+    """
+    r, a = ratio(log_ratio), advantage.float()
+    return -(r * a - drift(r, log_ratio.float(), a))
 
 
 def kl_estimate(log_ratio: Tensor, *, estimator: Divergence = "k3") -> Tensor:

@@ -1,7 +1,7 @@
 """Proximal policy optimization from pixels, state or both (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
 
 The clip is one of several surrogates that keep a policy near the one that acted (`agents.core.policy_gradient`); A2C,
-REINFORCE, SPO, DPO's drift, ASPO and a KL penalty are this agent with another `surrogate`. Defaults are
+REINFORCE, SPO, DPO's and LPO's drifts, ASPO and a KL penalty are this agent with another `surrogate`. Defaults are
 Stable-Baselines3's for continuous control from states; what differs from common implementations stands in
 `agents.on_policy.actor_critic`.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from agents.core import policy_gradient
 from agents.core.agent import Observation
+from agents.core.drift import SHIPPED, load_drift
 from agents.core.errors import UserError
 from agents.core.rollout import Experience
 from agents.on_policy.actor_critic import (
@@ -35,7 +36,7 @@ from agents.on_policy.actor_critic import (
 
 Surrogate = Literal[
     "ppo_clip", "dual_clip", "masked", "spo", "discovered_drift", "asymmetric_trust_region",
-    "kl_penalty", "reinforce",
+    "kl_penalty", "reinforce", "learned_drift",
 ]  # fmt: skip
 
 
@@ -49,6 +50,8 @@ class PPOConfig(OnPolicyConfig):
     """Largest |ratio - 1| that surrogates with a trust region allow (PPO's paper, section 6.1)."""
     kl_coefficient: float = 1.0
     """Weight of `kl_penalty`'s penalty (PPO's paper, table 1: fixed 1)."""
+    drift_file: str = ""
+    """Weights of `learned_drift`, written by `experiments.evolve_drift`; empty for those that are shipped."""
     target_kl: float = math.inf
     """Estimated KL(old || new), in nats, after which the remaining passes are left out."""
     entropy_coefficient: float = 0.0
@@ -65,6 +68,11 @@ class PPOConfig(OnPolicyConfig):
         super().__post_init__()
         if self.surrogate not in SURROGATES:
             raise UserError.unknown("surrogate", self.surrogate, SURROGATES)
+        if self.drift_file and self.surrogate != "learned_drift":
+            raise UserError(
+                f"drift_file is '{self.drift_file}', but the surrogate is {self.surrogate}; give learned_drift, or no "
+                "file"
+            )
 
     def surrogate_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the surrogate with this config's settings."""
@@ -84,6 +92,9 @@ SURROGATES: dict[str, Callable[[PPOConfig], Callable[[Tensor, Tensor], Tensor]]]
         policy_gradient.kl_penalty, coefficient=config.kl_coefficient
     ),
     "reinforce": lambda _: policy_gradient.reinforce,
+    "learned_drift": lambda config: partial(
+        policy_gradient.learned_drift, drift=load_drift(config.drift_file or SHIPPED)
+    ),
 }
 """From a config to `(log_ratio, advantage) -> loss per sample`, by the surrogate's name."""
 

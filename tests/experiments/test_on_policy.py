@@ -28,7 +28,7 @@ def test_discrete_actions_are_trained_resumed_exactly_and_evaluated(tmp_path: Pa
     assert len(json.loads(file.read_text())["results"]["clean"]["returns"]) == 2
 
 
-@pytest.mark.parametrize("agent", ["a2c", "spo"])
+@pytest.mark.parametrize("agent", ["a2c", "lpo", "spo"])
 def test_actions_out_of_range_are_cut_off_for_the_task_only(agent: str, tmp_path: Path) -> None:
     run = train(agent, "toy/reach", tmp_path / "run", steps=40, initial_log_std=2.0)
     assert all(value == value for _, _, value in metrics(run))
@@ -39,6 +39,8 @@ def test_actions_out_of_range_are_cut_off_for_the_task_only(agent: str, tmp_path
     [
         ({"surrogate": "ppo_clp"}, "invalid choice: 'ppo_clp'"),
         ({"rollout_length": 0}, "rollout_length is 0"),
+        ({"drift_file": "mine"}, "drift_file is 'mine', but the surrogate is ppo_clip"),
+        ({"surrogate": "learned_drift", "drift_file": "mine"}, "'mine' does not exist"),
         ({"replay_capacity": 100}, "unknown flag '--replay-capacity'"),
     ],
 )
