@@ -25,10 +25,13 @@ from experiments.runs import command_line, describe_system
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import BoundaryNorm
 
 FIRST_SEED = 2**40
 """Of the held-out learners; those of evolution are below 2**32."""
 OURS, REFERENCE = "learned drift", "PPO clip 0.2"
+LEVELS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Of the drawn drift, which begins gently."""
 ABOVE, BELOW, LIKE = "ends above", "ends below", "cannot be told from"
 
 
@@ -189,14 +192,13 @@ def draw_drifts(file: Path, drift: LearnedDrift) -> None:
     surfaces = {
         name: implied_drift(kind, log_ratio, advantage).numpy() for name, kind in shown.items()
     }
-    largest = max(float(surface.max()) for surface in surfaces.values())
-    levels = np.linspace(0, max(largest, 1e-3), 13)
+    norm = BoundaryNorm(LEVELS, 256, extend="max")
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True, layout="constrained")
     for panel, (name, surface) in zip(panels, surfaces.items(), strict=True):
-        filled = panel.contourf(ratios, advantages, surface, levels=levels, cmap="Greys")
-        panel.contour(
-            ratios, advantages, surface, levels=levels[1:], colors="black", linewidths=0.4
+        filled = panel.contourf(
+            ratios, advantages, surface, LEVELS, cmap="Greys", norm=norm, extend="max"
         )
+        panel.contour(ratios, advantages, surface, LEVELS[1:], colors="black", linewidths=0.4)
         panel.axvline(1, color="black", linewidth=0.6, linestyle=":")
         panel.set(title=name, xlabel="ratio of probabilities, new over old")
     panels[0].set_ylabel("advantage (standard deviations)")
