@@ -11,6 +11,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from agents.baseline_files import training_counts
+from agents.baselines import BASELINE, MODEL, NORMALIZATION, SB3Agent, load_sb3
 from agents.core.agent import Agent, as_observation
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
@@ -71,6 +73,8 @@ class Policy:
         config = read_config(run)
         if imports:
             import_modules(recorded_imports(config))
+        if config["agent"].startswith(BASELINE):
+            return cls._of_baseline(Path(run), config, checkpoint, device)
         store = CheckpointStore(Path(run), identity=run_identity(config))
         parts = store.load(None if checkpoint == "latest" else checkpoint)
         spec = _agent_spec(config)
@@ -89,6 +93,41 @@ class Policy:
         if checkpoint == "latest":  # whichever is whole
             checkpoint = f"step-{progress['agent_steps']:09d}"
         return cls(agent, config, checkpoint, progress)
+
+    @classmethod
+    def of_sb3(cls, path: str | Path, agent: SB3Agent, task: dict[str, Any]) -> Policy:
+        """Return the policy of a Stable-Baselines3 zip that `load_sb3` has loaded.
+
+        Args:
+            path: the zip.
+            agent: what was loaded.
+            task: the settings of its environment, as a run's config.json has them under `env`.
+        """
+        counts = training_counts(path)
+        frames = counts["agent_steps"] * (task["action_repeat"] or 1)
+        name = f"step-{counts['agent_steps']:09d}"
+        return cls(agent, {"env": task}, name, counts | {"env_frames": frames})
+
+    @classmethod
+    def _of_baseline(
+        cls, run: Path, config: dict[str, Any], checkpoint: str, device: str | torch.device
+    ) -> Policy:
+        """Load what `experiments.baseline` trained."""
+        if checkpoint != "latest":
+            raise UserError(
+                f"a {config['agent']} run keeps its last policy only; leave out checkpoint '{checkpoint}'"
+            )
+        statistics = run / NORMALIZATION
+        agent = load_sb3(
+            run / MODEL,
+            space_from_json(config["spaces"]["observation"]),
+            space_from_json(config["spaces"]["action"]),
+            normalization=statistics if statistics.is_file() else None,
+            device=device,
+        )
+        policy = cls.of_sb3(run / MODEL, agent, config["env"])
+        policy.config = config
+        return policy
 
     def act(self, observation: Any) -> np.ndarray:
         """Return the greedy action for one observation, or actions for a batch of them.

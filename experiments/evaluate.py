@@ -3,11 +3,13 @@
     python -m experiments.evaluate runs/dmc-cartpole-swingup/sgqn-seed1
     python -m experiments.evaluate RUN --distractions clean video_hard --episodes 100 --checkpoint best
     python -m experiments.evaluate RUN --videos ~/DAVIS/JPEGImages --workers 2
+    python -m experiments.evaluate model.zip --env gym/CartPole-v1 --observation state
 
 Writes evaluations/<name>.json into the run folder, with a video and saliency pictures for every distraction: returns,
 and how much of the agent's saliency falls on what is not background (energy, IoU, pointing game; `area` is that part's
 share of the picture, which a look at random would score). Colors and videos come from the test split, which training
-cannot draw from.
+cannot draw from. A zip that Stable-Baselines3 saved is evaluated alike, on the task that flags name; its result is
+written beside it as <zip>-<name>.json.
 """
 
 from __future__ import annotations
@@ -25,9 +27,16 @@ import envs
 from agents import Policy
 from agents.core.agent import as_observation
 from agents.core.errors import UserError
+from agents.core.imports import import_modules
 from agents.core.seeding import spawn_seeds
 from agents.policy import read_config
-from experiments.arguments import Parser, run_command
+from experiments.arguments import Parser, check_out, run_command
+from experiments.baseline_policy import (
+    add_baseline_flags,
+    is_zip,
+    load_zip,
+    refuse_baseline_flags,
+)
 from experiments.imports import add_import_flag, import_for_run
 from experiments.rollouts import Episodes, random_policy, run_episodes
 from experiments.runs import write_json
@@ -43,7 +52,9 @@ DISTRACTIONS = ("clean", "color_hard", "video_easy", "video_hard")
 def parser() -> Parser:
     """Return the command's parser."""
     p = Parser(prog="python -m experiments.evaluate", description=__doc__)
-    p.add_argument("run", type=Path, help="run folder that training wrote")
+    p.add_argument(
+        "run", type=Path, help="run folder that training wrote, or a zip of Stable-Baselines3"
+    )
     add_import_flag(p)
     p.add_argument(
         "--distractions", nargs="+", default=list(DISTRACTIONS), metavar="NAME",
@@ -71,6 +82,11 @@ def parser() -> Parser:
     p.add_argument(
         "--overwrite", action="store_true", help="replace an evaluation of the same name"
     )
+    p.add_argument(
+        "--out", type=Path, metavar="FILE.json",
+        help="where the result goes [the run's folder evaluations, or beside the zip]",
+    )  # fmt: skip
+    add_baseline_flags(p)
     return p
 
 
@@ -80,22 +96,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.episodes < 1 or arguments.num_envs < 1 or arguments.workers < 0:
         raise UserError("--episodes and --num-envs must be at least 1, --workers at least 0")
-    file = evaluate_run(
-        arguments.run,
-        distractions=arguments.distractions,
-        episodes=arguments.episodes,
-        seed=arguments.seed,
-        checkpoint=arguments.checkpoint,
-        split=arguments.split,
-        videos=arguments.videos,
-        num_envs=arguments.num_envs,
-        workers=arguments.workers,
-        device=arguments.device,
-        media=arguments.media,
-        name=arguments.name,
-        overwrite=arguments.overwrite,
-        imports=arguments.imports,
-    )
+    protocol = {
+        "distractions": arguments.distractions,
+        "episodes": arguments.episodes,
+        "seed": arguments.seed,
+        "split": arguments.split,
+        "videos": arguments.videos,
+        "num_envs": arguments.num_envs,
+        "workers": arguments.workers,
+        "media": arguments.media,
+        "name": arguments.name,
+        "overwrite": arguments.overwrite,
+        "imports": arguments.imports,
+        "out": arguments.out,
+    }
+    device = check_device(arguments.device)
+    if is_zip(arguments.run):
+        import_modules(arguments.imports)
+        policy = load_zip(arguments.run, vars(arguments), device=device)
+        file = evaluate_policy(policy, arguments.run, **protocol)
+    else:
+        refuse_baseline_flags(vars(arguments))
+        file = evaluate_run(
+            arguments.run, checkpoint=arguments.checkpoint, device=device, **protocol
+        )
     print(f"wrote {file}")
     return 0
 
@@ -103,21 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate_run(
     run: Path,
     *,
-    distractions: Sequence[str] = DISTRACTIONS,
-    episodes: int = 10,
-    seed: int = 0,
     checkpoint: str = "latest",
-    split: str = "test",
-    videos: str | None = None,
-    num_envs: int = 5,
-    workers: int = 2,
     device: str = "cpu",
-    media: bool = True,
-    name: str | None = None,
-    overwrite: bool = False,
     imports: Sequence[str] = (),
+    **protocol: Any,
 ) -> Path:
     """Evaluate a run folder, write evaluations/<name>.json, and return that file.
+
+    Args:
+        run: the folder.
+        checkpoint: see `Policy.load`.
+        device: where the policy acts.
+        imports: modules that register tasks and agents, besides those that the run remembers.
+        **protocol: the other arguments of `evaluate_policy`.
 
     Raises:
         UserError: no run there, a module that it needs is missing, an unknown distraction, or a result of that name
@@ -125,14 +147,43 @@ def evaluate_run(
     """
     imports = import_for_run(read_config(run), imports, folder=run)
     policy = Policy.load(run, checkpoint=checkpoint, device=check_device(device))
+    return evaluate_policy(policy, run, imports=imports, **protocol)
+
+
+def evaluate_policy(
+    policy: Policy,
+    source: Path,
+    *,
+    distractions: Sequence[str] = DISTRACTIONS,
+    episodes: int = 10,
+    seed: int = 0,
+    split: str = "test",
+    videos: str | None = None,
+    num_envs: int = 5,
+    workers: int = 2,
+    media: bool = True,
+    name: str | None = None,
+    overwrite: bool = False,
+    imports: Sequence[str] = (),
+    out: Path | None = None,
+) -> Path:
+    """Evaluate a policy on its own task under distractions; write its result, and return that file.
+
+    Raises:
+        UserError: an unknown distraction, or a result of that name exists.
+    """
     task = policy.config["env"]
     counts = policy.progress
     name = name or f"step-{counts['agent_steps']:09d}-{split}-seed{seed}"
     if Path(name).name != name:
         raise UserError(f"--name is '{name}'; give a name without folders")
-    file = run / "evaluations" / f"{name}.json"
+    beside = source.with_name(f"{source.stem}-{name}.json")
+    check_out(out, overwrite=overwrite)
+    file = out or (beside if is_zip(source) else source / "evaluations" / f"{name}.json")
     if file.exists() and not overwrite:
-        raise UserError(f"'{file}' exists; use --overwrite, or another --name")
+        raise UserError(
+            f"'{file}' exists; use --overwrite, or another --{'out' if out else 'name'}"
+        )
     children = spawn_seeds(seed)[1]
     keywords = {
         **task,
