@@ -7,7 +7,8 @@ Every run is a process of its own; flags after `--` go to experiments.train. The
 finished runs are kept, interrupted ones resumed. `--out` gets results.csv (a line per run and distraction) and
 results.md (means over seeds, with the command, commit and hardware behind them). `--archive DIR` also keeps what
 reports need of every finished run (config, curves, evaluations: some KB each): a grid goes on from there when the runs
-themselves are gone, and `experiments.report DIR` shows it.
+themselves are gone, and `experiments.report DIR` shows it. Agents named sb3-* are Stable-Baselines3's: they are trained
+by experiments.baseline.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.baselines import BASELINE
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
 from agents.core.settings import to_dict
@@ -36,7 +38,7 @@ from agents.policy import read_config
 from agents.registry import find
 from envs import get_spec
 from envs.settings import Settings
-from experiments import train
+from experiments import baseline, train
 from experiments.arguments import Parser, run_command
 from experiments.compare import difference
 from experiments.demo import steps_left
@@ -136,7 +138,7 @@ def grid(arguments: argparse.Namespace) -> list[Job]:
         UserError: a name is unknown or given twice.
     """
     for name in arguments.agents:
-        find(name)
+        (baseline.check_name if name.startswith(BASELINE) else find)(name)
     for env in arguments.envs:
         get_spec(env)
     for distraction in arguments.distractions:
@@ -182,10 +184,13 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
     if not file.is_file():
         return
     words = ["--agent", job.agent, "--env", job.env, "--seed", str(job.seed), *flags]
-    wanted = json.loads(
-        json.dumps(train.new_config(vars(train.parser(job.agent).parse_args(words))))
-    )
-    found = with_new_fields(read_config(job.results))
+    found = read_config(job.results)
+    if job.agent.startswith(BASELINE):
+        config = baseline.new_config(vars(baseline.parser().parse_args(words)))
+    else:
+        config = train.new_config(vars(train.parser(job.agent).parse_args(words)))
+        found = with_new_fields(found)
+    wanted = json.loads(json.dumps(config))
     for part in ("agent", "env", "vector", "train", "configs"):
         if (where := difference(found[part], wanted[part], part)) is not None:
             raise UserError(
@@ -254,15 +259,7 @@ def run_job(
     python = [sys.executable, "-m"]
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     log = job.folder.parent / f"{job.folder.name}.log"
-    if not (job.folder / "config.json").exists():
-        command = [
-            *python, "experiments.train", "--agent", job.agent, "--env", job.env,
-            "--seed", str(job.seed), "--run-dir", str(job.folder), *flags, *threads,
-        ]  # fmt: skip
-    elif steps_left(job.folder):
-        command = [*python, "experiments.train", "--resume", str(job.folder), *threads]
-    else:
-        command = []
+    command = _training(job, flags, threads)
     if command and (code := _logged(command, log)):
         return code
     if steps_left(job.folder):
@@ -276,6 +273,21 @@ def run_job(
     if code == 0 and job.archive:
         archive_run(job.folder, job.archive)
     return code
+
+
+def _training(job: Job, flags: Sequence[str], threads: Sequence[str]) -> list[str]:
+    """Return the command that trains a run, or goes on with it; empty where nothing is left to train."""
+    python, is_new = [sys.executable, "-m"], not (job.folder / "config.json").exists()
+    if not is_new and not steps_left(job.folder):
+        return []
+    is_baseline = job.agent.startswith(BASELINE)
+    if not is_new and not is_baseline:
+        return [*python, "experiments.train", "--resume", str(job.folder), *threads]
+    return [
+        *python, "experiments.baseline" if is_baseline else "experiments.train",
+        "--agent", job.agent, "--env", job.env, "--seed", str(job.seed),
+        "--run-dir", str(job.folder), *flags, *threads,
+    ]  # fmt: skip
 
 
 def archive_run(run: Path, archive: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from agents.baselines import BASELINE, MODEL
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.policy import read_config
@@ -103,7 +104,10 @@ def check_same(run: Path, given: dict[str, Any]) -> None:
 
 def steps_left(run: Path) -> int:
     """Return how many agent steps a run still lacks."""
-    settings = read_loop(read_config(run))
+    config = read_config(run)
+    settings = read_loop(config)
+    if config["agent"].startswith(BASELINE):  # whose only checkpoint is the last
+        return 0 if (run / MODEL).is_file() else settings.steps
     newest = CheckpointStore(run).latest()
     done = int(newest.name.rpartition("-")[2]) if newest else 0
     return max(settings.steps - done, 0)

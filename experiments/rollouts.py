@@ -117,6 +117,18 @@ def run_episodes(
     return result
 
 
+def evaluation_scalars(seen: Episodes, distraction: str | None) -> dict[str, float]:
+    """Return what a training run logs of an evaluation, by tag."""
+    tag = f"eval/{distraction or 'clean'}"
+    values = {
+        f"{tag}/return_mean": float(np.mean(seen.returns)),
+        f"{tag}/return_std": float(np.std(seen.returns)),
+    }
+    if seen.success:
+        values[f"{tag}/success"] = float(np.mean(seen.success))
+    return values
+
+
 class _Looks:
     """Scores of the looks in every environment's current episode."""
 

@@ -35,7 +35,7 @@ from agents.policy import run_identity, space_to_json
 from agents.registry import find
 from experiments.estimates import check_batch, random_batch, random_rollout, seconds_per_call
 from experiments.evaluate import enlarge
-from experiments.rollouts import run_episodes
+from experiments.rollouts import evaluation_scalars, run_episodes
 from experiments.runs import write_json
 from experiments.settings import control_steps, read_loop
 
@@ -157,14 +157,7 @@ class Session:
             self.logger.images({f"images/{k}": v for k, v in pictures.items()}, progress)
             video = enlarge(np.stack(seen.frames[:250]), side=128)
             self.logger.video("eval/video", video, progress)
-        tag = f"eval/{self.config['env']['distraction'] or 'clean'}"
-        values = {
-            f"{tag}/return_mean": float(np.mean(seen.returns)),
-            f"{tag}/return_std": float(np.std(seen.returns)),
-        }
-        if seen.success:
-            values[f"{tag}/success"] = float(np.mean(seen.success))
-        return values
+        return evaluation_scalars(seen, self.config["env"]["distraction"])
 
     def settle_threads(self) -> None:
         """Choose the learner's CPU threads, once for the whole run: torch's own number, or one if that is faster.

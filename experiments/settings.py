@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import envs
+from agents.baselines import BASELINE
 from agents.core.errors import UserError
 from agents.core.loops import LoopSettings, OffPolicySettings
 from agents.core.settings import from_dict
@@ -38,7 +39,9 @@ class VectorSettings:
 
 def loop_settings(agent: str) -> LoopSettings:
     """Return the default settings of the loop that trains an agent."""
-    return LoopSettings() if find(agent).on_policy else OffPolicySettings()
+    # Stable-Baselines3's agents are no agents of ours, but train as ours do on-policy.
+    on_policy = agent.startswith(BASELINE) or find(agent).on_policy
+    return LoopSettings() if on_policy else OffPolicySettings()
 
 
 def read_loop(config: Mapping[str, Any]) -> LoopSettings:
