@@ -226,16 +226,22 @@ def make_model(
         environment = normalizer = VecNormalize(
             environment, norm_obs=observes, norm_reward=config.scale_reward, gamma=config.discount
         )
+    seed = seeds["agent"] % 2**32
+    model = model_on(environment, config, seed=seed, device=device)
+    return model, normalizer if observes else None
+
+
+def model_on(environment: VecEnv, config: PPOConfig, *, seed: int, device: str = "cpu") -> PPO:
+    """Return their PPO on an environment of theirs with our hyperparameters; it does not normalize."""
     layers = list(config.hidden)
     policy: dict[str, Any] = {"net_arch": {"pi": layers, "vf": layers}}
-    if isinstance(envs.single_action_space, gym.spaces.Box):
+    if isinstance(environment.action_space, gym.spaces.Box):
         policy["log_std_init"] = config.initial_log_std
-    model = PPO(
-        "CnnPolicy" if pixels else "MlpPolicy",
+    return PPO(
+        "CnnPolicy" if is_image(environment.observation_space) else "MlpPolicy",
         environment,
         policy_kwargs=policy,
-        seed=seeds["agent"] % 2**32,
+        seed=seed,
         device=device,
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
     )
-    return model, normalizer if observes else None

@@ -21,7 +21,7 @@ from experiments.measuring.timing import Table
 from experiments.runs import command_line, describe_system
 from experiments.settings import check_device
 
-PARTS = ("rendering", "environments", "replay", "updates", "training", "sb3")
+PARTS = ("rendering", "environments", "replay", "updates", "training", "sb3", "on-policy")
 
 
 def parser() -> Parser:
@@ -65,9 +65,9 @@ def _measures(
     parts: Sequence[str], device: str
 ) -> list[tuple[str, Callable[[float], list[Table]]]]:
     """Return what measures each part, in order."""
-    if {"rendering", "environments", "training", "sb3"} & set(parts):
+    if {"rendering", "environments", "training", "sb3", "on-policy"} & set(parts):
         resolve_quality("fast")  # before any of them imports a simulator
-    from experiments.measuring import agents, environments, training
+    from experiments.measuring import agents, environments, on_policy, training
 
     measures: dict[str, list[tuple[str, Callable[[float], list[Table]]]]] = {
         "rendering": [
@@ -79,6 +79,7 @@ def _measures(
         "updates": [("updates", partial(agents.updates, device=device))],
         "training": [("training", partial(training.training, device=device))],
         "sb3": [("Stable-Baselines3", agents.peer)],
+        "on-policy": [("on-policy training", on_policy.on_policy)],
     }
     return [measure for part in PARTS if part in parts for measure in measures[part]]
 
