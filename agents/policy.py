@@ -104,7 +104,7 @@ class Policy:
             task: the settings of its environment, as a run's config.json has them under `env`.
         """
         counts = training_counts(path)
-        frames = counts["agent_steps"] * (task["action_repeat"] or 1)
+        frames = counts["agent_steps"] * task["action_repeat"] * task["action_chunk"]
         name = f"step-{counts['agent_steps']:09d}"
         return cls(agent, {"env": task}, name, counts | {"env_frames": frames})
 

@@ -32,7 +32,7 @@ from agents.core.imports import import_modules, recorded_imports
 from agents.core.logging import Logger
 from agents.core.loops import LoopSettings
 from agents.core.seeding import spawn_seeds
-from agents.core.settings import from_dict
+from agents.core.settings import argument_docs, from_dict
 from agents.on_policy.ppo import PPOConfig
 from agents.policy import read_config, space_to_json
 from envs.settings import Settings
@@ -49,7 +49,7 @@ from experiments.runs import (
     make_run_dir,
     write_json,
 )
-from experiments.settings import PRESETS, VectorSettings, read_loop
+from experiments.settings import PRESETS, VectorSettings, control_steps, read_loop
 
 BASELINES = ("sb3-ppo",)
 """The agents that this command trains; each is a peer of ours of the name behind `sb3-`."""
@@ -75,7 +75,13 @@ def parser() -> Parser:
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads [torch's own]")
     p.add_argument("--run-dir", type=Path, metavar="DIR",
                    help="where the run is kept [runs/<task>/<agent>-seed<seed>]")  # fmt: skip
-    add_dataclass(p, "task", Settings(""), skip=("id", "seed", "foreground_mask"))
+    add_dataclass(
+        p,
+        "task",
+        Settings(""),
+        skip=("id", "seed", "foreground_mask"),
+        docs=argument_docs(envs.make),
+    )
     add_dataclass(p, "parallel environments", VectorSettings())
     add_dataclass(p, "loop", LoopSettings(), skip=_NO_CHECKPOINTS)
     add_dataclass(p, "PPOConfig", PPOConfig(), skip=LACKING)
@@ -186,9 +192,7 @@ def _train(run: Path, config: dict[str, Any]) -> None:
             seen = run_episodes(act, evaluation, episodes, seed=seeds["evaluation"])
             return evaluation_scalars(seen, config["env"]["distraction"])
 
-        protocol = Protocol(
-            settings, logger, evaluate, action_repeat=config["env"]["action_repeat"]
-        )
+        protocol = Protocol(settings, logger, evaluate, action_repeat=control_steps(config["env"]))
         model.learn(settings.steps, callback=protocol)
         if normalizer is not None:
             write_json(run / NORMALIZATION, normalization_json(normalizer))

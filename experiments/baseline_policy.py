@@ -13,6 +13,7 @@ from agents import Policy
 from agents.baseline_networks import ACTIVATIONS
 from agents.baselines import load_sb3
 from agents.core.errors import UserError
+from agents.core.settings import argument_docs
 from envs.settings import Settings
 from experiments.arguments import add_dataclass, fill
 
@@ -44,7 +45,8 @@ def add_baseline_flags(parser: argparse.ArgumentParser) -> None:
         "--trust-pickle", action="store_true", **missing,
         help="run the code that pickles bring: for policies of your own classes, and statistics",
     )  # fmt: skip
-    add_dataclass(parser, "task of that zip", Settings(""), skip=_NOT_ASKED)
+    docs = argument_docs(envs.make)
+    add_dataclass(parser, "task of that zip", Settings(""), skip=_NOT_ASKED, docs=docs)
 
 
 def refuse_baseline_flags(given: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Field:
     @property
     def nbytes(self) -> int:
         """Bytes that the field takes in one row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def observation_boxes(space: gym.Space) -> dict[str, gym.spaces.Box]:

@@ -209,10 +209,12 @@ class Replay(Rows):
         if missing := set(self._extras) - set(values):
             raise ValueError(f"extras of the replay are missing in this step: {sorted(missing)}")
         step = {
-            name: self._as_column(name, values[name])[torch.from_numpy(kept)]
+            name: self._as_column(name, values[name])
             for name in self._fields
             if name not in self._observations
         }
+        if len(kept) < self.num_envs:
+            step = {name: column[torch.from_numpy(kept)] for name, column in step.items()}
         check_finite(step, kept)
         ended = np.flatnonzero((terminated | truncated) & ~drop)
         fresh = np.flatnonzero(terminated | truncated | drop)
@@ -360,8 +362,9 @@ class Replay(Rows):
     def _observe(self, env: np.ndarray, counter: np.ndarray) -> dict[str, Tensor]:
         """Return the observations of rows, with whole stacks, shaped like `counter` in front."""
         slots = self._slots(counter, env)
-        back = np.minimum(np.arange(self.frame_stack - 1, -1, -1), self._age[slots][..., None])
-        stacks = self._slots(counter[..., None] - back, env[..., None])
+        if self._stacked:
+            back = np.minimum(np.arange(self.frame_stack - 1, -1, -1), self._age[slots][..., None])
+            stacks = self._slots(counter[..., None] - back, env[..., None])
         observation = {}
         for name in self._observations:
             if name in self._stacked:

@@ -147,6 +147,7 @@ class Rollout(Replay):
         """Begin the next rollout; episodes go on."""
         self._ids: list[np.ndarray] = []  # int64 [N] of every step, -1 where dropped
         self._cut: list[np.ndarray] = []  # bool [N]
+        self._flat: np.ndarray | None = None  # all of the ids, once they are asked for
 
     def add(
         self,
@@ -174,6 +175,7 @@ class Rollout(Replay):
             # What the lost step would have led to is unknown: the one before ends with what it led to.
             self._cut[-1] |= lost & (self._ids[-1] >= 0)
         self._ids.append(ids)
+        self._flat = None
         self._cut.append(np.asarray(truncated, bool) & ~np.asarray(terminated, bool) & ~lost)
         return ids
 
@@ -210,7 +212,9 @@ class Rollout(Replay):
 
     def observe(self, index: Tensor, ahead: int) -> dict[str, Tensor]:
         """Return the observations `ahead` rows after the ones in which steps were taken, [M, ...]."""
-        ids = np.stack(self._ids).reshape(-1)[index.numpy()]
+        if self._flat is None:
+            self._flat = np.concatenate(self._ids)
+        ids = self._flat[index.numpy()]
         if (ids < 0).any():
             raise ValueError("a step that was dropped has no observations: leave it out by `kept`")
         counter, env = np.divmod(ids, self.num_envs)
@@ -228,6 +232,7 @@ class Rollout(Replay):
         super().set_state(state)
         self._ids = list(np.array(state["rollout"]["ids"]))
         self._cut = list(np.array(state["rollout"]["cut"]))
+        self._flat = None
 
     def _layout(self) -> dict[str, Any]:
         return super()._layout() | {"length": self.length}
