@@ -78,15 +78,20 @@ class SB3Agent(Agent):
             return action.cpu().numpy(), None, {}
         if explore and log_std is not None:
             head = Gaussian(head, log_std).sample(self.generator)
-        unit = torch.tanh(head) if self.network.squashes else self._to_unit(head)
-        return unit.unflatten(-1, self.shape).cpu().numpy(), None, {}
+        return self.to_unit(head).unflatten(-1, self.shape).cpu().numpy(), None, {}
 
-    def _to_unit(self, action: Tensor) -> Tensor:
-        """Return what the policy's training clipped and sent, in [-1, 1]."""
+    def greedy(self) -> nn.Module:
+        """See `Agent.greedy`."""
+        return GreedyBaseline(self)
+
+    def to_unit(self, head: Tensor) -> Tensor:
+        """Return what the policy's training sent after clipping or squashing, [B, A] in [-1, 1]."""
+        if self.network.squashes:
+            return torch.tanh(head)
         if self.bounds is None:
-            return action.clamp(-1, 1)
-        low, high = (torch.as_tensor(bound, device=action.device) for bound in self.bounds)
-        return (2 * (action.double() - low) / (high - low) - 1).clamp(-1, 1).float()
+            return head.clamp(-1, 1)
+        low, high = (torch.as_tensor(bound, device=head.device) for bound in self.bounds)
+        return (2 * (head.double() - low) / (high - low) - 1).clamp(-1, 1).float()
 
     def update(self, batch: Any) -> dict[str, Tensor]:
         """Refuse: what a zip holds of its training is not ours to go on with."""
@@ -119,6 +124,24 @@ class SB3Agent(Agent):
         return {}
 
 
+class GreedyBaseline(nn.Module):
+    """The greedy action of an `SB3Agent` as a function of tensors."""
+
+    def __init__(self, agent: SB3Agent) -> None:
+        super().__init__()
+        self.network, self._agent = agent.network, agent
+
+    def forward(self, pixels: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Return actions, float32 [B, *shape] in [-1, 1], or int64 [B]."""
+        parts = {"pixels": pixels, "state": state}
+        head, _ = self.network(
+            self.network.prepare({k: v for k, v in parts.items() if v is not None})
+        )
+        if not self._agent.shape:
+            return head.argmax(-1)
+        return self._agent.to_unit(head).unflatten(-1, self._agent.shape)
+
+
 class UnpickledAgent(SB3Agent):
     """Acts by a policy that Stable-Baselines3 itself has loaded, whatever its form."""
 
@@ -146,6 +169,10 @@ class UnpickledAgent(SB3Agent):
         if self.shape:
             action = np.clip(self.policy.scale_action(action), -1, 1).astype(np.float32)
         return action, None, {}
+
+    def greedy(self) -> nn.Module:
+        """Refuse: what it does is not known here."""
+        return Agent.greedy(self)
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the policy."""

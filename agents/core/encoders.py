@@ -1,7 +1,9 @@
 """Convolutional encoders of pixels, as the benchmark families define them.
 
 Sources: `dmc-gb` is DMControl-GB's (11 layers, SVEA and SGQN use it), `drqv2` is DrQ-v2's (4 layers), `small` is ours
-for two CPU cores: at 48 pixels it keeps DrQ-v2's feature-map size per pixel at a fifth of its operations.
+for two CPU cores: at 48 pixels it keeps DrQ-v2's feature-map size per pixel at a fifth of its operations. `nature` is
+DQN's (Mnih et al. 2015, https://doi.org/10.1038/nature14236, methods), which Stable-Baselines3 has too; behind it comes
+this suite's projection.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ from torch import Tensor, nn
 from agents.core.errors import UserError
 from agents.core.networks import ReLU, delta_orthogonal, initialize
 
-EncoderName = Literal["dmc-gb", "drqv2", "small"]
+EncoderName = Literal["dmc-gb", "drqv2", "small", "nature"]
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """The layout of a stack of 3x3 convolutions without padding."""
+    """The layout of a stack of convolutions without padding."""
 
     strides: tuple[int, ...]
-    channels: int = 32
+    kernels: tuple[int, ...] = ()
+    """Height and width of each one's kernel; without any, 3 everywhere."""
+    channels: tuple[int, ...] = ()
+    """That each one gives; without any, 32 everywhere."""
     last_relu: bool = True
     """Whether a ReLU follows the last convolution."""
     center: float = 0.0
@@ -36,11 +41,12 @@ ENCODERS: dict[EncoderName, EncoderShape] = {
     "dmc-gb": EncoderShape(strides=(2,) + (1,) * 10, last_relu=False, delta_orthogonal=True),
     "drqv2": EncoderShape(strides=(2, 1, 1, 1), center=0.5),
     "small": EncoderShape(strides=(2, 2, 1), center=0.5),
+    "nature": EncoderShape(strides=(4, 2, 1), kernels=(8, 4, 3), channels=(32, 64, 64)),
 }
 
 
 class PixelEncoder(nn.Module):
-    """3x3 convolutions over stacked frames, flattened.
+    """Convolutions over stacked frames, flattened.
 
     Args:
         in_channels: 3 * frame_stack.
@@ -59,10 +65,13 @@ class PixelEncoder(nn.Module):
         self.bf16 = bf16
         shape = ENCODERS[name]
         self.center = shape.center
-        first = nn.Conv2d(in_channels, shape.channels, 3, shape.strides[0])
+        depth = len(shape.strides)
+        kernels, channels = shape.kernels or (3,) * depth, shape.channels or (32,) * depth
+        first = nn.Conv2d(in_channels, channels[0], kernels[0], shape.strides[0])
         layers: list[nn.Module] = [first]
-        for stride in shape.strides[1:]:
-            layers += [ReLU(), nn.Conv2d(shape.channels, shape.channels, 3, stride)]
+        for place in range(1, depth):
+            sizes = channels[place - 1], channels[place], kernels[place]
+            layers += [ReLU(), nn.Conv2d(*sizes, shape.strides[place])]
         if shape.last_relu:
             layers.append(ReLU())
         self.convs = nn.Sequential(*layers)

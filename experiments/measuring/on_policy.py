@@ -23,8 +23,8 @@ from envs.environment import gymnasium_id
 from experiments.measuring.timing import Table, interleave
 
 STATE = PPOConfig(rollout_length=128)
-PIXELS = PPOConfig(rollout_length=64, encoder="small")
-"""At 48 x 48 our smallest encoder takes about as many operations as their NatureCNN; the table says how many."""
+PIXELS = PPOConfig(rollout_length=64, encoder="nature", feature_dim=512)
+"""The networks that their CnnPolicy has, but for what stands behind the projection."""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,9 @@ def test_actions_are_those_of_their_own_predict(form: str, tmp_path: Path) -> No
     batch = observations(seen)
     theirs, _ = model.predict(batch, deterministic=True)
     ours = greedy(agent, batch)
+    seen_tensors = as_observation(batch, torch.device("cpu"))
+    exported = agent.greedy()(**seen_tensors)
+    np.testing.assert_array_equal(exported.numpy(), ours)
     if action is CHOICES:
         assert ours.dtype == np.int64
         assert len(set(ours.tolist())) > 1
@@ -332,6 +335,8 @@ def test_other_forms_are_theirs_to_load_when_trusted(said: str, tmp_path: Path) 
     batch = observations(seen)
     theirs, _ = model.predict(batch, deterministic=True)
     np.testing.assert_allclose(greedy(agent, batch), theirs, atol=1e-5)
+    with pytest.raises(UserError, match="cannot be exported"):
+        agent.greedy()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK nothing", None])

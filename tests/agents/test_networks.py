@@ -1,7 +1,10 @@
 """Blocks that everything rests on: guided ReLU, initialization, averages, encoders."""
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 from torch.nn import functional as F
 
@@ -79,6 +82,17 @@ def test_strided_encoders_see_every_pixel_from_the_start(name):
 @pytest.mark.parametrize(("name", "features"), [("dmc-gb", 14112), ("drqv2", 39200)])
 def test_published_encoders_have_the_published_number_of_features_at_84_pixels(name, features):
     assert PixelEncoder(9, (84, 84), name).out_features == features
+
+
+def test_the_nature_encoder_computes_what_stable_baselines3s_does_with_its_weights():
+    theirs = NatureCNN(gym.spaces.Box(0, 255, (9, 48, 48), np.uint8))
+    ours = PixelEncoder(9, (48, 48), "nature")
+    ours.convs.load_state_dict(theirs.cnn.state_dict())
+    pixels = torch.randint(0, 256, (2, 9, 48, 48), dtype=torch.uint8)
+    maps = theirs.cnn[:-1](pixels.float() / 255)
+    expected = maps.permute(0, 2, 3, 1).flatten(1)  # theirs flattens channels first
+    torch.testing.assert_close(ours(ours.normalize(pixels)), expected)
+    assert ours.out_features == theirs.linear[0].in_features == 256
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from agents.on_policy.ppo import PPOConfig
 from experiments import settings, speed
-from experiments.measuring import agents, environments, timing, training
+from experiments.measuring import agents, environments, on_policy, timing, training
 from experiments.measuring.timing import ROUNDS, Elsewhere, Table, interleave, rates
 
 TINY = 0.02
@@ -285,6 +287,38 @@ def test_the_peer_is_stepped_on_our_task() -> None:
     (table,) = agents.peer(TINY)
     check_whole(table, ["gradient steps/s", "training steps/s"])
     check_ratio(table, "Sightline / Stable-Baselines3", "Sightline sac", "Stable-Baselines3")
+
+
+def test_on_policy_training_is_compared_and_taken_apart() -> None:
+    settings = {"rollout_length": 8, "minibatch_size": 8, "epochs": 1}
+    cases = (
+        on_policy.Case("gym/CartPole-v1", PPOConfig(**settings), {"observation": "state"}, 2),
+        on_policy.Case("toy/reach", replace(on_policy.PIXELS, **settings), {"size": 36}, 2),
+    )
+    speed_table, parts = on_policy.on_policy(TINY, cases)
+    names = ["gym/CartPole-v1", "toy/reach"]
+    check_whole(speed_table, names)
+    check_whole(parts, names)
+    check_ratio(speed_table, "ours / theirs", "ours", "theirs")
+    assert speed_table.column("operations / theirs") == pytest.approx([1.0, 1.0], rel=0.05)
+    for row in parts.rows:
+        assert all(float(part) > 0 for part in row[1:])
+
+
+def test_both_learn_from_as_many_steps_in_a_turn() -> None:
+    case = on_policy.Case(
+        "gym/CartPole-v1",
+        PPOConfig(rollout_length=8, minibatch_size=4, epochs=3),
+        {"observation": "state"},
+        2,
+    )
+    ours, theirs = on_policy._Ours(case), on_policy._Theirs(case)
+    for trainer in (ours, theirs):
+        trainer.turn()
+        trainer.turn()
+        trainer.close()
+    assert ours.loop.state.progress.agent_steps == theirs.model.num_timesteps == 2 * 16
+    assert ours.agent.gradient_updates == 4 * theirs.model._n_updates == 2 * 12
 
 
 def test_the_command_prints_and_writes_the_same_tables(
