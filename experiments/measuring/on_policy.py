@@ -22,8 +22,8 @@ from agents.on_policy.ppo import PPO, PPOConfig
 from envs.environment import gymnasium_id
 from experiments.measuring.timing import Table, interleave
 
-STATE = PPOConfig(rollout_length=128)
-PIXELS = PPOConfig(rollout_length=64, encoder="nature", feature_dim=512)
+STATE = PPOConfig(rollout_length=64)
+PIXELS = PPOConfig(rollout_length=16, encoder="nature", feature_dim=512)
 """The networks that their CnnPolicy has, but for what stands behind the projection."""
 
 
@@ -58,7 +58,7 @@ def on_policy(seconds: float, cases: tuple[Case, ...] = CASES) -> list[Table]:
     speed = Table(
         "On-policy training: our PPO and Stable-Baselines3's, same hyperparameters, agent steps/s",
         ["task", "ours", "theirs", "theirs, our environments", "ours / theirs", "operations / theirs"],
-        "A turn is a rollout of 8 environments (128 steps each, 64 from pixels) and its ten passes of minibatches of "
+        "A turn is a rollout of 8 environments (64 steps each, 16 from pixels) and its ten passes of minibatches of "
         "64. Theirs: their environments' own vector (DummyVecEnv, Monitor), then ours through an adapter. Operations: "
         "of the networks' forward pass on a minibatch.",
     )  # fmt: skip
