@@ -3,7 +3,7 @@
     python -m experiments.speed
     python -m experiments.speed rendering replay --seconds 10 --out speed.md
 
-Markdown, in one run of about three minutes on two idle cores. What a row compares takes turns, one at a time, and the
+Markdown, in one run of about four minutes on two idle cores. What a row compares takes turns, one at a time, and the
 medians count, so that ratios hold on a busy machine too; a time alone says as much about the machine.
 """
 
