@@ -269,7 +269,7 @@ def rewrite(path: Path, members: dict[str, bytes] | None = None, **data: Any) ->
 def test_nothing_of_a_zip_is_run_without_trust(tmp_path: Path) -> None:
     their_model(PPO).save(tmp_path / "model.zip")
     exploded = tmp_path / "exploded"
-    bomb = pickle.dumps(Bomb(exploded))
+    bomb = pickle.dumps(Bomb(exploded), protocol=2)
     serialized = base64.b64encode(bomb).decode()
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         data = json.loads(archive.read("data"))
