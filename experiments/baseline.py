@@ -14,6 +14,7 @@ every step.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -54,10 +55,15 @@ from experiments.settings import PRESETS, VectorSettings, control_steps, read_lo
 BASELINES = ("sb3-ppo",)
 """The agents that this command trains; each is a peer of ours of the name behind `sb3-`."""
 
-LACKING = (
-    "surrogate", "kl_coefficient", "target_kl", "encoder", "feature_dim", "value_regularization", "pad",
+SHARED = (
+    "rollout_length", "minibatch_size", "epochs", "discount", "gae_lambda", "learning_rate", "clip",
+    "value_coefficient", "entropy_coefficient", "max_gradient_norm", "normalize_advantage",
+    "normalize_observation", "scale_reward", "hidden", "initial_log_std",
 )  # fmt: skip
-"""Settings of our PPO that theirs lacks, or means otherwise: theirs measures target_kl at every minibatch."""
+"""Settings of our PPO that theirs has too."""
+
+LACKING = tuple(f.name for f in dataclasses.fields(PPOConfig) if f.name not in SHARED)
+"""The others: theirs lacks them, or means otherwise (it measures target_kl at every minibatch)."""
 
 _NO_CHECKPOINTS = ("checkpoint_every", "keep_checkpoints", "exact_resume")
 
