@@ -1,9 +1,11 @@
-"""Running statistics that bring observations and rewards to a common size, saved with the networks."""
+"""Statistics that bring observations, actions and rewards to a common size, saved with the networks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from agents.core.errors import UserError
 
 
 class RunningMoments(nn.Module):
@@ -78,3 +80,49 @@ class RewardScale(nn.Module):
         """Return rewards over the spread, clipped to `limit`, float32."""
         spread = (self.moments.variance + 1e-8).sqrt()
         return (reward.double() / spread).clamp(-limit, limit).float()
+
+
+class RangeNormalizer(nn.Module):
+    """Maps every dimension of data linearly to [-1, 1] by its range: what a denoiser's noise of size 1 presumes.
+
+    A dimension that hardly varies (a gripper that never moves) is only shifted, to 0: stretching its range would turn
+    rounding into signal (Diffusion Policy's `range_eps`). It comes back as its constant plus whatever was predicted.
+
+    Args:
+        size: D, length of the last axis.
+    """
+
+    center: Tensor
+    half_range: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(size))
+        self.register_buffer("half_range", torch.ones(size))
+
+    @torch.no_grad()
+    def fit(self, data: Tensor, smallest: float = 1e-4) -> None:
+        """Take ranges from data [..., D]; those below `smallest` count as constant.
+
+        Raises:
+            UserError: no data, of another size, or not finite.
+        """
+        size = len(self.center)
+        if data.ndim < 2 or data.shape[-1] != size or data.numel() == 0:
+            raise UserError(
+                f"ranges of {size} dimension(s) need data [..., {size}] of at least one sample; got {tuple(data.shape)}"
+            )
+        if not bool(data.isfinite().all()):
+            raise UserError("data to normalize has NaN or infinite values; remove those samples")
+        low, high = data.reshape(-1, size).double().aminmax(dim=0)
+        half = (high - low) / 2
+        self.center.copy_((high + low) / 2)
+        self.half_range.copy_(torch.where(half * 2 < smallest, 1.0, half))
+
+    def normalize(self, data: Tensor) -> Tensor:
+        """Return data [..., D] in [-1, 1] (beyond, where it lies outside the range that was seen)."""
+        return (data - self.center) / self.half_range
+
+    def restore(self, normalized: Tensor) -> Tensor:
+        """Return the data of normalized values [..., D]."""
+        return normalized * self.half_range + self.center

@@ -1,10 +1,11 @@
-"""Running statistics against those of everything at once."""
+"""Statistics against those of everything at once, and ranges there and back."""
 
 import numpy as np
 import pytest
 import torch
 
-from agents.core.normalizers import RewardScale, RunningMoments
+from agents.core.errors import UserError
+from agents.core.normalizers import RangeNormalizer, RewardScale, RunningMoments
 
 
 def test_moments_of_batches_are_those_of_everything():
@@ -41,3 +42,40 @@ def test_rewards_are_divided_by_the_spread_of_the_discounted_return():
     spread = np.std(returns)
     assert scale.scale(torch.tensor([2.0])).item() == pytest.approx(2 / spread, rel=1e-5)
     np.testing.assert_allclose(scale.running, running)
+
+
+def test_ranges_become_minus_one_to_one_and_back():
+    data = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
+    normalizer = RangeNormalizer(3)
+    normalizer.fit(data)
+    scaled = normalizer.normalize(data)
+    torch.testing.assert_close(scaled.amin((0, 1)), -torch.ones(3))
+    torch.testing.assert_close(scaled.amax((0, 1)), torch.ones(3))
+    torch.testing.assert_close(normalizer.restore(scaled), data)
+    again = RangeNormalizer(3)
+    again.load_state_dict(normalizer.state_dict())
+    assert torch.equal(again.normalize(data), scaled)
+
+
+def test_constant_dimensions_are_shifted_not_stretched():
+    data = torch.tensor([[0.3, 1.0], [0.3 + 1e-6, 3.0]])
+    normalizer = RangeNormalizer(2)
+    normalizer.fit(data)
+    assert normalizer.normalize(data)[:, 0].abs().max() < 1e-5
+    assert normalizer.normalize(data)[:, 1].tolist() == [-1.0, 1.0]
+    torch.testing.assert_close(normalizer.restore(torch.zeros(1, 2)), torch.tensor([[0.3, 2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (torch.zeros(0, 2), "at least one"),
+        (torch.zeros(4, 3), r"\[..., 2\]"),
+        (torch.zeros(2), "at least one"),
+        (torch.tensor([[0.0, float("nan")]]), "NaN"),
+        (torch.tensor([[0.0, float("inf")]]), "NaN"),
+    ],
+)
+def test_ranges_of_bad_data_are_refused(data, match):
+    with pytest.raises(UserError, match=match):
+        RangeNormalizer(2).fit(data)
