@@ -75,7 +75,7 @@ class Changes:
         """Hide parts and paint the model for as long as a scene is taken from it."""
         model, scenery = self._model, self._scenery
         changes: list[tuple[np.ndarray, Sequence[int], object]] = []
-        for part in hidden - {"sky"}:
+        for part in sorted(hidden - {"sky"}):
             changes.append((model.geom_group, scenery.geoms.get(part, ()), _HIDDEN_GROUP))
         for palette in ("scene", "materials"):
             for slot, color in self._colors[palette].items():

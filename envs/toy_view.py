@@ -95,8 +95,9 @@ class ToyView:
 
     def set_colors(self, colors: Mapping[str, np.ndarray], palette: Palette = "scene") -> None:
         """Repaint the given slots; the palette's others return to their defaults."""
-        for slot in set(colors) - set(PALETTE[palette]):
-            raise UserError.unknown("color slot", slot, PALETTE[palette])
+        for slot in colors:
+            if slot not in PALETTE[palette]:
+                raise UserError.unknown("color slot", slot, PALETTE[palette])
         self._paints[palette] = dict(colors)
         scene, materials, objects = (
             self._paints.get(name, {}) for name in ("scene", "materials", "objects")
@@ -112,8 +113,9 @@ class ToyView:
 
     def set_textures(self, textures: Mapping[str, np.ndarray]) -> None:
         """Cover the floor with a texture, uint8 [S, S, 3], two scene units wide and high."""
-        for slot in set(textures) - set(self.surfaces()):
-            raise UserError.unknown("texture slot", slot, self.surfaces())
+        for slot in textures:
+            if slot not in self.surfaces():
+                raise UserError.unknown("texture slot", slot, self.surfaces())
         self._textures = dict(textures)
         self._backgrounds = {}
 

@@ -239,7 +239,7 @@ def _check_results(out: Path, jobs: Sequence[Job]) -> None:
         )
 
 
-_running: set[subprocess.Popen[bytes]] = set()
+_running: dict[subprocess.Popen[bytes], None] = {}
 """Processes of the runs under way."""
 
 
@@ -314,11 +314,11 @@ def archive_run(run: Path, archive: Path) -> None:
 def _logged(command: Sequence[str], log: Path) -> int:
     with log.open("a") as handle:
         process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT)
-    _running.add(process)
+    _running[process] = None
     try:
         return process.wait()
     finally:
-        _running.discard(process)
+        del _running[process]
 
 
 def collect(jobs: Iterable[Job], out: Path) -> None:

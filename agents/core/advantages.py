@@ -220,7 +220,7 @@ class ConditionStatistics:
         for name, value in zip(condition, values.tolist(), strict=True):
             self._rewards.setdefault(name, deque(maxlen=self.window)).append(value)
         batch = (float(values.mean()), float(values.std(correction=0)))
-        known = {name: self._moments(name, batch) for name in set(condition)}
+        known = {name: self._moments(name, batch) for name in dict.fromkeys(condition)}
         mean, spread = torch.tensor([known[name] for name in condition], dtype=torch.float64).T
         return ((values - mean) / (spread + epsilon)).float().to(reward.device)
 

@@ -169,7 +169,7 @@ def _scores(group: Group) -> dict[str, list[dict[str, float]]]:
         results = run.evaluation.results if run.evaluation else {}
         found = {name: normalized(run, result) for name, result in results.items()}
         runs.append({name: score for name, score in found.items() if score is not None})
-    names = {name for scores in runs for name in scores}
+    names = dict.fromkeys(name for scores in runs for name in scores)
     return {name: [scores for scores in runs if name in scores] for name in names}
 
 
