@@ -153,7 +153,7 @@ class Worker:
         self._connection, theirs = context.Pipe()
         _limit_waits(self._connection, self._timeout)
         self._is_stuck = False
-        self._process = context.Process(
+        process = context.Process(
             target=serve,
             args=(theirs, self._factories, environment_of(self._workers)),
             name=self.name,
@@ -162,7 +162,8 @@ class Worker:
         # The fork server takes its environment from whoever starts it first.
         hidden = _hidden_script(hide=b"__main__" not in self._factories)
         with _environment(THREADS), hidden, _termination_held_back():
-            self._process.start()
+            process.start()
+        self._process = process  # an interrupt before leaves none that could be waited for
         # At a script's end multiprocessing sends workers that it forgot the SIGTERM that they ignore, and waits.
         self._at_exit = Finalize(None, self._process.kill, exitpriority=0)
         theirs.close()
@@ -226,7 +227,8 @@ class Worker:
             self._process.kill()
             self._process.join(5)
             self._process.close()
-            self._connection.close()
+        if self._connection is not None:
+            self._connection.close()  # a process that was not waited for ends by it
         self._process = self._connection = None
 
     def close(self, deadline: float) -> None:

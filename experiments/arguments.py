@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 import threading
 import types
@@ -135,12 +136,13 @@ def run_command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
     """
 
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        sigterm = signal.getsignal(signal.SIGTERM)
         python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
         python_hook, threading.excepthook = threading.excepthook, _tell_thread
         try:
             return main(argv) or 0
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(str(stop) or "interrupted", file=sys.stderr)
             return 130
         except Exception as error:
             code = UserError.exit_code if is_full_disk(error) else getattr(error, "exit_code", None)
@@ -150,9 +152,17 @@ def run_command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
             return code
         finally:
             warnings.formatwarning, threading.excepthook = python_format, python_hook
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, sigterm)
 
     wrapped.__doc__ = main.__doc__
     return wrapped
+
+
+def terminate_as_interrupt() -> None:
+    """Let SIGTERM do what Ctrl-C does until the command ends; another thread than the main one cannot ask for it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _format_warning(message: Any, category: type[Warning], *place: Any, **line: Any) -> str:

@@ -17,10 +17,8 @@ import argparse
 import csv
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -39,10 +37,10 @@ from agents.registry import find
 from envs import get_spec
 from envs.settings import Settings
 from experiments import baseline, train
-from experiments.arguments import Parser, run_command
+from experiments.arguments import Parser, run_command, terminate_as_interrupt
 from experiments.compare import difference
 from experiments.demo import steps_left
-from experiments.evaluate import DISTRACTIONS
+from experiments.evaluate import DISTRACTIONS, RANDOM
 from experiments.imports import add_import_flag
 from experiments.runs import command_line, describe_system
 from experiments.settings import VectorSettings, loop_settings
@@ -116,8 +114,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save and leave
+    terminate_as_interrupt()  # runs save and leave
     if arguments.episodes < 1 or arguments.jobs < 1:
         raise UserError("--episodes and --jobs must be at least 1")
     import_modules(arguments.imports)
@@ -347,7 +344,7 @@ def _rows(job: Job) -> list[dict[str, object]]:
     with (job.results / "metrics.csv").open() as handle:
         wall = [float(row["wall_seconds"]) for row in csv.DictReader(handle)]
     rows = []
-    for name, row in {"random policy": result["random_policy"], **result["results"]}.items():
+    for name, row in {RANDOM: result["random_policy"], **result["results"]}.items():
         rows.append({
             "env": job.env,
             "agent": job.agent,

@@ -17,7 +17,7 @@ from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.policy import read_config
 from experiments import train
-from experiments.arguments import Parser, run_command
+from experiments.arguments import Parser, run_command, terminate_as_interrupt
 from experiments.evaluate import evaluate_run
 from experiments.report import build_report
 from experiments.settings import read_loop
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if steps_left(run):
         print("stopped; the same command goes on")
         return 130
+    terminate_as_interrupt()
     print("\nevaluation under distractions that training never showed")
     # A name of its own, so that nobody's evaluation is replaced.
     evaluate_run(run, episodes=arguments.episodes, name=RESULT, overwrite=True)

@@ -6,15 +6,18 @@
     python -m experiments.evaluate model.zip --env gym/CartPole-v1 --observation state
 
 Writes evaluations/<name>.json into the run folder, with a video and saliency pictures for every distraction: returns,
-and how much of the agent's saliency falls on what is not background (energy, IoU, pointing game; `area` is that part's
-share of the picture, which a look at random would score). Colors and videos come from the test split, which training
-cannot draw from. A zip that Stable-Baselines3 saved is evaluated alike, on the task that flags name; its result is
-written beside it as <zip>-<name>.json.
+and how much of the agent's saliency falls on the foreground (energy, IoU, pointing game; `area` is the foreground's
+share of the picture, which a look at random would score). The foreground is all but sky, floor, walls and, in
+Meta-World, the table. Colors and videos come from the test split, which training cannot draw from. Stopped in between,
+the same command goes on with the distractions that are left.
+A zip that Stable-Baselines3 saved is evaluated alike, on the task that flags name; its result is written beside it as
+<zip>-<name>.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ from agents.core.errors import UserError
 from agents.core.imports import import_modules
 from agents.core.seeding import spawn_seeds
 from agents.policy import read_config
-from experiments.arguments import Parser, check_out, run_command
+from envs.vector import VectorEnv
+from experiments.arguments import Parser, check_out, run_command, terminate_as_interrupt
 from experiments.baseline_policy import (
     add_baseline_flags,
     is_zip,
@@ -39,12 +43,16 @@ from experiments.baseline_policy import (
 )
 from experiments.imports import add_import_flag, import_for_run
 from experiments.rollouts import Episodes, random_policy, run_episodes
-from experiments.runs import write_json
+from experiments.runs import git_commit
 from experiments.settings import check_device
+from experiments.unfinished import MEDIA, Unfinished, weights_of
 from wrappers.distraction.presets import make_distraction
 
 PROCEDURAL = "procedural"
 """What stands for no folder of videos."""
+
+RANDOM = "random policy"
+"""What a result begins with, before the distractions."""
 
 DISTRACTIONS = ("clean", "color_hard", "video_easy", "video_hard")
 
@@ -94,6 +102,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
+    terminate_as_interrupt()
     if arguments.episodes < 1 or arguments.num_envs < 1 or arguments.workers < 0:
         raise UserError("--episodes and --num-envs must be at least 1, --workers at least 0")
     protocol = {
@@ -184,72 +193,92 @@ def evaluate_policy(
         raise UserError(
             f"'{file}' exists; use --overwrite, or another --{'out' if out else 'name'}"
         )
-    children = spawn_seeds(seed)[1]
-    keywords = {
-        **task,
-        "split": split,
-        "videos": task["videos"] if videos is None else None if videos == PROCEDURAL else videos,
-        "seed": seed,
-    }
+    videos = task["videos"] if videos is None else None if videos == PROCEDURAL else videos
     for distraction in distractions:  # all of them, before the first takes its minutes
-        make_distraction(distraction, split=split, videos=keywords["videos"])  # type: ignore[arg-type]
+        make_distraction(distraction, split=split, videos=videos)  # type: ignore[arg-type]
     num_envs = min(num_envs, episodes)
-    sees = task["observation"] != "state"  # a state needs no GL
-    media = media and sees
-    result: dict[str, Any] = {
+    media = media and task["observation"] != "state"  # a state needs no GL
+    about = {
         **counts,
         "checkpoint": policy.checkpoint,
         "seed": seed,
         "split": split,
-        "videos": keywords["videos"] or PROCEDURAL,
+        "videos": videos or PROCEDURAL,
+        "foreground": envs.get_spec(task["id"]).foreground,
         "num_envs": num_envs,
         "episodes_per_distraction": episodes,
-        "results": {},
     }
-    bar = tqdm(total=episodes * (len(distractions) + 1), unit="episode", disable=None, leave=False)
-    for distraction in ("random policy", *distractions):
-        bar.set_description(distraction)
-        is_random = distraction == "random policy"
-        keywords["distraction"] = None if is_random or distraction == "clean" else distraction
-        before = bar.n
-        vector = envs.make_vec(
-            num_envs=num_envs, workers=min(workers, num_envs), imports=imports, **keywords
-        )
-        try:
-            act = random_policy(vector, children["exploration"]) if is_random else policy.act
-            seen = run_episodes(
-                act,
-                vector,
-                episodes,
-                seed=children["evaluation"],
-                record=media and not is_random,
-                look=policy.saliency if sees and not is_random else None,
-                progress=lambda count, start=before: bar.update(start + count - bar.n),  # type: ignore[misc]
-            )
-        finally:
-            vector.close()
-        row: dict[str, Any] = {
-            "returns": seen.returns,
-            "success": seen.success or None,
-            "lengths": seen.lengths,
-        }
-        if seen.looks:
-            row["saliency"] = seen.looks
-        if is_random:
-            result["random_policy"] = row
-            continue
-        result["results"][distraction] = row
-        if media:
-            _write_media(file.with_suffix(""), distraction, seen, policy)
-    bar.close()
-    write_json(file, result)
+    keywords = {**task, "split": split, "videos": videos, "seed": seed}
+    key = {**about, "env": keywords, "weights": weights_of(policy), "commit": git_commit()}
+    unfinished = Unfinished(file, key)
+    names = (RANDOM, *dict.fromkeys(distractions))
+    rows = {name: unfinished.row(name, media=media and name != RANDOM) for name in names}
+    if done := [name for name, row in rows.items() if row is not None]:
+        print(f"going on with an evaluation that was stopped: done are {', '.join(done)}")
+    bar = tqdm(total=episodes * len(rows), unit="episode", disable=None, leave=False)
+    try:
+        for name in [name for name, row in rows.items() if row is None]:
+            bar.set_description(name)
+            before = bar.n
+            with closing(
+                envs.make_vec(
+                    num_envs=num_envs,
+                    workers=min(workers, num_envs),
+                    imports=imports,
+                    **keywords | {"distraction": None if name in (RANDOM, "clean") else name},
+                )
+            ) as vector:
+                seen = _episodes(
+                    None if name == RANDOM else policy,
+                    vector,
+                    episodes,
+                    seed,
+                    record=media,
+                    progress=lambda count, start=before: bar.update(start + count - bar.n),
+                )
+            row = _row(seen)
+            if seen.frames:
+                _write_media(unfinished.folder, name, seen, policy)
+            unfinished.add(name, row)
+            rows[name] = row
+    except KeyboardInterrupt:
+        left = [name for name, row in rows.items() if row is None]
+        raise KeyboardInterrupt(
+            f"stopped; to do are {', '.join(left)}: the same command goes on there"
+        ) from None
+    finally:
+        bar.close()
+    result = {**about, "results": {name: rows[name] for name in names[1:]}}
+    result["random_policy"] = rows[RANDOM]
+    unfinished.publish(result)
     print(summary(result))
     return file
 
 
+def _episodes(
+    policy: Policy | None, vector: VectorEnv, episodes: int, seed: int, **keywords: Any
+) -> Episodes:
+    """Run the episodes of a policy, or of random actions for None; those are neither filmed nor looked at."""
+    children = spawn_seeds(seed)[1]
+    if policy is None:
+        act = random_policy(vector, children["exploration"])
+        keywords["record"] = False
+        return run_episodes(act, vector, episodes, seed=children["evaluation"], **keywords)
+    look = None if policy.config["env"]["observation"] == "state" else policy.saliency
+    return run_episodes(
+        policy.act, vector, episodes, seed=children["evaluation"], look=look, **keywords
+    )
+
+
+def _row(seen: Episodes) -> dict[str, Any]:
+    """Return what the result says of some episodes."""
+    row = {"returns": seen.returns, "success": seen.success or None, "lengths": seen.lengths}
+    return {**row, "saliency": seen.looks} if seen.looks else row
+
+
 def summary(result: dict[str, Any]) -> str:
     """Return the table that a person reads after an evaluation."""
-    rows = {"random policy": result["random_policy"], **result["results"]}
+    rows = {RANDOM: result["random_policy"], **result["results"]}
     width = max(map(len, rows))
     lines = [
         f"{result['agent_steps']:,} agent steps, {result['env_frames']:,} environment frames, "
@@ -283,7 +312,7 @@ def _write_media(folder: Path, distraction: str, seen: Episodes, policy: Policy)
     """Write <distraction>.mp4 and <distraction>_saliency.png."""
     folder.mkdir(parents=True, exist_ok=True)
     frames = enlarge(np.stack(seen.frames))
-    iio.imwrite(folder / f"{distraction}.mp4", frames, fps=25, macro_block_size=2)
+    iio.imwrite(folder / MEDIA[0].format(distraction), frames, fps=25, macro_block_size=2)
     if not seen.observations:
         return
     device = policy.device
@@ -293,7 +322,7 @@ def _write_media(folder: Path, distraction: str, seen: Episodes, policy: Policy)
     pictures = policy.agent.images(observation, torch.as_tensor(action, device=device))
     if "saliency" in pictures:
         picture = enlarge(pictures["saliency"][None])[0]
-        iio.imwrite(folder / f"{distraction}_saliency.png", picture)
+        iio.imwrite(folder / MEDIA[1].format(distraction), picture)
 
 
 def enlarge(frames: np.ndarray, side: int = 192) -> np.ndarray:

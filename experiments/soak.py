@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import psutil
 import envs
 from agents.core.errors import UserError
 from agents.registry import find
-from experiments.arguments import Parser, run_command
+from experiments.arguments import Parser, run_command, terminate_as_interrupt
 from experiments.runs import command_line, describe_system
 from wrappers.distraction.presets import make_distraction
 
@@ -77,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "too little to tell growth from noise: give a third of a minute, or 100 cycles, at least"
         )
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # as Ctrl-C: the training is ended too
+    terminate_as_interrupt()  # the training is ended too
     arguments.out.mkdir(parents=True)
     grown = []
     if arguments.minutes:

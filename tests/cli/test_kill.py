@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from experiments.campaign import is_saving, newest_step, steps_logged
+from experiments.evaluate import main as evaluate
 from tests.experiments.helpers import arguments, assert_same_run, metrics, resume, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,10 +32,12 @@ RUN = {
 
 
 class Child:
-    """`python -m experiments.train` as a process of its own."""
+    """`python -m experiments.train`, or another command, as a process of its own."""
 
-    def __init__(self, words: list[str], log: Path, *, group: bool = False) -> None:
-        command = [sys.executable, "-m", "experiments.train", *words]
+    def __init__(
+        self, words: list[str], log: Path, *, group: bool = False, name: str = "train"
+    ) -> None:
+        command = [sys.executable, "-m", f"experiments.{name}", *words]
         self.started = time.time_ns()
         self._log = log
         with log.open("w") as handle:
@@ -123,3 +126,28 @@ def test_a_run_that_is_asked_to_end_saves_and_exits_with_zero(tmp_path: Path) ->
     resume(run, steps=saved + 20)
     whole = train("drqv2", "toy/reach", tmp_path / "whole", steps=saved + 20, **RUN)
     assert_same_run(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_evaluation_that_is_ended_keeps_what_it_has_done(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    run = train("sgqn", "toy/reach", tmp_path / "run", steps=16)
+    words = [str(run), "--workers", "2", "--episodes", "4", "--no-media", "--name", "it"]
+    folder = run / "evaluations"
+    rows = folder / "it.partial" / "rows.json"
+    child = Child(words, tmp_path / "log", name="evaluate")
+    children = child.signal_when(lambda: rows.is_file() and "clean" in rows.read_text(), number)
+    code = child.wait()
+    assert not psutil.wait_procs(children, timeout=20)[1], "it ends its workers"
+    assert [path.name for path in folder.iterdir()] == ["it.partial"]
+    if number == signal.SIGTERM:
+        assert code == 130
+        assert "the same command goes on there" in child.output
+        assert "Traceback" not in child.output
+    done = rows.stat().st_mtime_ns
+    assert evaluate([*words[:2], "0", *words[3:]]) == 0
+    assert (folder / "it.json").stat().st_mtime_ns > done
+    assert evaluate([*words[:-1], "undisturbed"]) == 0
+    assert (folder / "it.json").read_text() == (folder / "undisturbed.json").read_text()

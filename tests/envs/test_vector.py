@@ -454,6 +454,25 @@ def test_close_leaves_no_process_behind() -> None:
     assert not any(alive(pid) for pid in pids)
 
 
+def test_an_interrupt_while_workers_start_leaves_no_process_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from multiprocessing import forkserver
+
+    VectorEnv([Counting], workers=1).close()  # the fork server is there
+    before = set(psutil.Process().children(recursive=True))
+
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forkserver, "read_signed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        VectorEnv([Counting, Counting], workers=2)
+    gc.collect()
+    started = set(psutil.Process().children(recursive=True)) - before
+    assert not psutil.wait_procs(started, timeout=30)[1]
+
+
 @pytest.mark.parametrize(
     ("cores", "workers", "threads"),
     [(2, 1, None), (2, 2, "0"), (2, 3, "0"), (16, 4, "4"), (16, 16, "0")],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -163,6 +165,96 @@ def test_every_episode_is_looked_at_however_short_it_is() -> None:
         seen = run_episodes(random_policy(vector, 0), vector, 12, seed=0, look=look)
     assert seen.looks["energy"] == [1.0] * 12
     assert looks[0] == 6, "at the first step of each"
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The distractions that an evaluation began with, in turn; SIGTERM comes at the third."""
+    names: list[str | None] = []
+
+    def make_vec(*args: Any, **keywords: Any) -> VectorEnv:
+        names.append(keywords["distraction"])
+        if len(names) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return envs.make_vec(*args, **keywords)
+
+    monkeypatch.setattr("experiments.evaluate.envs", SimpleNamespace(make_vec=make_vec))
+    return names
+
+
+WORDS = ["--distractions", "clean", "video_hard", "color_hard", "--episodes", "3", "--num-envs", "2",
+         "--workers", "0", "--name", "it"]  # fmt: skip
+
+
+def media(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_a_stopped_evaluation_goes_on_with_what_is_left(
+    run: Path, trained: Path, begun: list[str | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([str(run), *WORDS]) == 130
+    told = capsys.readouterr()
+    assert "to do are video_hard, color_hard: the same command goes on there" in told.err
+    assert len(told.err.strip().splitlines()) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+    folder = run / "evaluations"
+    assert [path.name for path in folder.iterdir()] == ["it.partial"]
+    assert begun == [None, None, "video_hard"]
+    assert read_run(run).evaluation is None, "no report takes a part for the whole"
+
+    assert main([str(run), *WORDS]) == 0
+    assert begun[3:] == ["video_hard", "color_hard"], "what is done is not repeated"
+    assert "done are random policy, clean" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == ["it", "it.json"]
+
+    other = Path(shutil.copytree(trained, run.with_name("undisturbed")))
+    assert main([str(other), *WORDS]) == 0
+    assert (folder / "it.json").read_text() == (other / "evaluations" / "it.json").read_text()
+    assert media(folder / "it") == media(other / "evaluations" / "it")
+    assert len(media(folder / "it")) == 6
+
+
+@pytest.mark.parametrize("change", ["seed", "episodes", "weights", "video", "rows"])
+def test_a_stopped_evaluation_of_something_else_is_begun_anew(
+    run: Path, begun: list[str | None], change: str, tmp_path: Path
+) -> None:
+    assert main([str(run), *WORDS]) == 130
+    words = [str(run), *WORDS]
+    partial = run / "evaluations" / "it.partial"
+    if change == "seed":
+        words += ["--seed", "5"]
+    elif change == "episodes":
+        words += ["--episodes", "2"]
+    elif change == "weights":  # another training in the same folder, as far as its config tells
+        other = train(
+            "sgqn", "toy/reach", tmp_path / "other", steps=24, checkpoint_every=12, seed=4
+        )
+        shutil.rmtree(run / "checkpoints")
+        shutil.copytree(other / "checkpoints", run / "checkpoints")
+    elif change == "video":
+        (partial / "clean.mp4").unlink()
+    else:
+        (partial / "rows.json").write_text("half writ")
+    assert main(words) == 0
+    again = {"video": ["random policy"]}.get(change, [])
+    todo = [None, "video_hard", "color_hard"]
+    assert begun[3:] == (todo if again else [None, *todo])
+
+
+def test_overwriting_removes_the_media_of_the_replaced_result_only(run: Path) -> None:
+    file = evaluate_run(run, **FLAGS, workers=0, name="it")
+    folder = file.with_suffix("")
+    (folder / "color_hard.mp4").write_text("somebody else's")
+    once = {"episodes": 1, "workers": 0, "name": "it", "overwrite": True}
+    evaluate_run(run, distractions=["clean"], **once)
+    assert {*media(folder)} == {"clean.mp4", "clean_saliency.png", "color_hard.mp4"}
+    evaluate_run(run, distractions=["clean"], **once, media=False)
+    assert media(folder) == {"color_hard.mp4": b"somebody else's"}
+    (folder / "color_hard.mp4").unlink()
+    evaluate_run(run, distractions=["clean"], **once, media=False)
+    assert not folder.exists()
 
 
 class Countdown(gym.Env):
