@@ -156,7 +156,8 @@ def generalization(
     if not names:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+        is_crowded = sum(map(len, names)) > 60  # characters that fit side by side
+        figure = Figure(figsize=(7.0, 3.5 if is_crowded else 3.0), layout="constrained")
         axes = figure.subplots()
         if env_id in summary.random:
             random = summary.random[env_id]
@@ -186,6 +187,10 @@ def generalization(
                 for k, found in enumerate(near, 1):
                     _published(axes, place + shift + 0.04 * k, found, style(summary, group.agent))
         axes.set_xticks(range(len(names)), names)
+        if is_crowded:
+            axes.tick_params("x", labelrotation=40)
+            for text in axes.get_xticklabels():
+                text.set(ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("return per episode")

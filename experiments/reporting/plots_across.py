@@ -25,7 +25,10 @@ def aggregates(summary: Summary, found: Aggregates) -> bytes:
         ("optimality gap", "score missing to 1 (lower is better)", "optimality_gap"),
         ("mean", "normalized score", "mean"),
     )
-    height = 1.2 + 0.24 * len(found.distractions) * max(2, len(found.agents))
+    lines = len(found.distractions) * max(2, len(found.agents))
+    height = 1.2 + lines * min(
+        0.24, max(0.13, 8 / lines)
+    )  # a page where a marker's height allows it
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.0, height), layout="constrained")
         axes_row = figure.subplots(1, len(panels), sharey=True)
@@ -33,6 +36,8 @@ def aggregates(summary: Summary, found: Aggregates) -> bytes:
             axes.set_title(title)
             axes.set_xlabel(label)
             axes.grid(axis="y", visible=False)
+            for place in range(0, len(found.distractions), 2):
+                axes.axhspan(place - 0.5, place + 0.5, color="#f3f3f3", lw=0, zorder=0)
             for index, agent in enumerate(found.agents):
                 _dots(axes, summary, found, agent, index, field)
         axes_row[0].set_yticks(range(len(found.distractions)), found.distractions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiments.reporting.page import Contents, blocks
 from experiments.reporting.runs import find_runs, read_run
 from experiments.reporting.scores import Summary, summarize
 from experiments.reporting.statistics import mean
-from tests.experiments.run_folders import ENV, MakeRun, write_metrics
+from tests.experiments.run_folders import ENV, MakeRun, write_evaluation, write_metrics
 
 
 @pytest.fixture
@@ -110,3 +111,37 @@ def test_every_table_with_agents_flags_who_did_not_learn(summary: Summary) -> No
         assert flags["sac"] == "did not learn", table.name
         assert flags["sgqn"] == "", table.name
         assert any("earned" in note and "sgqn" in note for note in table.notes), table.name
+
+
+NAMES = (
+    "clean", "color_easy", "color_hard", "video_easy", "video_hard", "camera_easy", "camera_hard", "light_easy",
+    "light_hard", "noise_easy", "noise_hard", "dcs_easy", "dcs_medium", "dcs_hard", "randomized",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [NAMES[:5], NAMES], ids=["few", "many"])
+def test_names_of_distractions_do_not_overlap(
+    names: tuple[str, ...], two_agents: Path, figures: list[Figure]
+) -> None:
+    for run in find_runs([two_agents]):
+        row = {"returns": [800.0, 810.0], "success": None, "lengths": [125, 125]}
+        write_evaluation(run, "20270101-000000", dict.fromkeys(names, row))
+    runs = [read_run(run) for run in find_runs([two_agents])]
+    plots.generalization(summarize(runs), ENV)
+    draw("aggregates", summarize(runs))
+    bars, across = figures
+    for figure in figures:
+        figure.set_dpi(160)
+        figure.canvas.draw()
+    ticks = bars.axes[0].get_xticklabels()
+    assert {tick.get_text() for tick in ticks} == set(names)
+    places = bars.axes[0].transData.transform([(i, 0) for i in range(len(names))])[:, 0]
+    for tick, left, right in zip(ticks, places, places[1:], strict=False):
+        angle = np.deg2rad(tick.get_rotation())
+        tick.set_rotation(0)
+        box = tick.get_window_extent()
+        needed = box.width if angle == 0 else box.height / np.sin(angle)
+        assert needed < right - left
+    boxes = [tick.get_window_extent() for tick in across.axes[0].get_yticklabels()]
+    assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
+    assert across.get_figheight() < 11, "it fits on a page"
