@@ -9,9 +9,11 @@ appears under its name when it is whole. Loading runs no code: HDF5, JSON and sa
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,15 @@ import envs
 from agents.core.errors import UserError
 from agents.core.trees import load_tree, save_tree
 from experiments.columns import from_columns, to_columns
+from experiments.runs import LOCK
 
 SCHEMA = 1
 """Version of what `KEY` holds."""
 KEY = "sightline"
 """Our entry in metadata.json: settings of the environment, source, imports, commit."""
 _SCENES = "scenes"
+_WRITING = ".writing-"
+"""How the folder of a dataset begins that is not whole."""
 _MISSING = (
     "datasets need Minari, which is not installed: "
     "python -m pip install --constraint constraints.txt --editable '.[data]'"
@@ -102,12 +107,17 @@ class DatasetWriter:
 
         self._root, self._dataset = root, dataset
         self.path = new_path(root, dataset)
-        self._unfinished = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
+        self._unfinished = self.path.with_name(f"{_WRITING}{os.getpid()}-{self.path.name}")
         data = self._unfinished / "data"
+        remove_stale(self.path.parent)
         try:
             (data / _SCENES).mkdir(parents=True)
+            self._lock = (self._unfinished / LOCK).open("a")
         except OSError as error:
             raise UserError(f"cannot create '{self.path}': {error.strerror}") from error
+        with suppress(OSError):  # without locks nobody removes it
+            # The kernel lets go of it however this process ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._storage = MinariStorage.new(
             data, env.observation_space, env.action_space, env.spec, jpeg_encoding=False
         )
@@ -124,9 +134,11 @@ class DatasetWriter:
         try:
             if kind is None:
                 new_path(self._root, self._dataset)  # another process may have been faster
+                (self._unfinished / LOCK).unlink()
                 self._unfinished.rename(self.path)
         finally:
             shutil.rmtree(self._unfinished, ignore_errors=True)
+            self._lock.close()
 
     def add(self, episode: Episode) -> None:
         """Append an episode."""
@@ -144,6 +156,20 @@ class DatasetWriter:
         )
         self._storage.update_episodes([buffer])
         self._episodes += 1
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed processes were writing into a folder of datasets; what one still writes stays."""
+    for unfinished in sorted(folder.glob(f"{_WRITING}*")):
+        if not (unfinished / LOCK).is_file():
+            continue  # it is just being begun, or by an older version
+        with (unfinished / LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # held by its writer, or a file system without locks
+                continue
+            shutil.rmtree(unfinished, ignore_errors=True)
+        print(f"removed {unfinished}, which a killed process left")
 
 
 def new_path(root: Path, dataset: str) -> Path:
@@ -183,7 +209,8 @@ class Dataset:
         data = root / dataset / "data"
         if not (data / "metadata.json").is_file():
             known = (file.parent.parent for file in root.glob("**/data/metadata.json"))
-            raise UserError.unknown("dataset", dataset, [str(p.relative_to(root)) for p in known])
+            names = [str(p.relative_to(root)) for p in known if not p.name.startswith(_WRITING)]
+            raise UserError.unknown("dataset", dataset, names)
         self._minari = minari.MinariDataset(data)
         self._scenes = data / _SCENES
         self.about = self._minari.storage.metadata.get(KEY)

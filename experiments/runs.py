@@ -41,17 +41,19 @@ def default_run_dir(agent: str, env: str, seed: int, root: Path = Path("runs")) 
     return folder
 
 
-def make_run_dir(folder: Path) -> None:
-    """Create a folder for a new run.
+def make_run_dir(folder: Path) -> bool:
+    """Create a folder for a new run, and tell whether there was none.
 
     Raises:
         UserError: the folder exists and is not empty, or cannot be created.
     """
     check_free(folder)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create run folder '{folder}': {error.strerror}") from error
+    return is_new
 
 
 def check_free(folder: Path) -> None:
@@ -108,9 +110,20 @@ def begin_run(folder: Path, config: dict[str, Any]) -> None:
     write_json(folder / "config.json", config)
 
 
-def abandon_run(folder: Path) -> None:
-    """Remove the folder of a run that could not start, so that its name is free again."""
-    shutil.rmtree(folder, ignore_errors=True)
+def abandon_run(folder: Path, *, is_new: bool) -> None:
+    """Remove what a run that could not start has written, so that its name is free again.
+
+    Args:
+        folder: of the run.
+        is_new: whether the run made it; one that a person made stays, empty as it was.
+    """
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if is_new:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -228,13 +228,19 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
 def train(run: Path, config: dict[str, Any], *, resume: bool = False) -> None:
     """Train as `config` says, in the folder `run`."""
     read_loop(config)  # reject bad values before anything is written
-    if not resume:
-        make_run_dir(run)
+    is_new = not resume and make_run_dir(run)
     with stop_on_signal() as stopped, lock_run(run):
-        _train(run, config, stopped, resume=resume)
+        _train(run, config, stopped, resume=resume, is_new=is_new)
 
 
-def _train(run: Path, config: dict[str, Any], stopped: Callable[[], bool], *, resume: bool) -> None:
+def _train(
+    run: Path,
+    config: dict[str, Any],
+    stopped: Callable[[], bool],
+    *,
+    resume: bool,
+    is_new: bool,
+) -> None:
     """Train in a folder that no other process trains in."""
     if not resume:
         begin_run(run, config)
@@ -242,7 +248,7 @@ def _train(run: Path, config: dict[str, Any], stopped: Callable[[], bool], *, re
         session = Session(run, config, resume=resume)
     except BaseException:
         if not resume:
-            abandon_run(run)
+            abandon_run(run, is_new=is_new)
         raise
     with session:
         state = session.loop.state

@@ -354,6 +354,11 @@ def test_a_task_whose_state_cannot_be_read_is_said_at_once_and_can_be_trained_al
     assert "gym/Opaque-v0 cannot be saved in mid-episode: its attribute 'world' is a lock" in line
     assert "add --no-exact-resume" in line
     assert not (tmp_path / "run").exists(), "the name must be free for the corrected command"
+    (tmp_path / "run").mkdir()
+    refused(*words)
+    assert [*(tmp_path / "run").iterdir()] == [], (
+        "a folder that a person made stays, empty as it was"
+    )
     assert main([*words, "--no-exact-resume"]) == 0
     assert main(["--resume", str(tmp_path / "run"), "--steps", "60"]) == 0
     assert final_state(tmp_path / "run")["progress"]["agent_steps"] == 60

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -158,6 +160,44 @@ def test_a_failure_midway_leaves_no_dataset(
     with pytest.raises(RuntimeError, match="midway"):
         main(["reach/random-v0", *RANDOM])
     assert [path for path in root.rglob("*") if path.is_file()] == []
+
+
+KILLED = """
+import os, sys
+from experiments import collect, datasets
+collect.play = lambda *arguments: os.kill(os.getpid(), 9) if done else done.append(1) or datasets.play(*arguments)
+done = []
+collect.main(sys.argv[1:])
+"""
+"""A collection that is killed after its first episode."""
+
+
+def test_what_a_killed_process_left_is_no_dataset_and_is_removed_by_the_next(
+    load: Any, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", KILLED, "reach/random-v0", *RANDOM]
+    assert (
+        subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode
+        == -signal.SIGKILL
+    )
+    (left,) = (root / "reach").iterdir()
+    assert left.name.startswith(".writing-")
+    assert (left / "data" / "metadata.json").is_file()
+    assert main(["reach/new-v0", "--rerender", "reach/randum-v0"]) == 2
+    assert capsys.readouterr().err == "error: unknown dataset 'reach/randum-v0'; known: \n"
+
+    with closing(envs.make("toy/reach", size=24)) as env:
+        writing = datasets.DatasetWriter(root, "reach/other-v0", env, {})
+        assert not left.exists()
+        assert f"removed {left}" in capsys.readouterr().out
+        with writing:
+            datasets.remove_stale(root / "reach")
+            assert [path.name.partition("-")[0] for path in (root / "reach").iterdir()] == [
+                ".writing"
+            ], "what is still written stays"
+            writing.add(datasets.play(env, lambda *_: env.action_space.sample(), 0))
+    assert sorted(path.name for path in (root / "reach" / "other-v0").iterdir()) == ["data"]
+    assert load("reach/other-v0").total_episodes == 1
 
 
 def test_a_dataset_is_never_overwritten(
