@@ -126,9 +126,12 @@ class Pixels(gymnasium.Wrapper):
         return self._first_look(seed), self._with_foreground(info)
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Repeat every action and sum the rewards; a success at any moment of it counts."""
+"""Repeat every action and sum the rewards; a success at any moment of it counts.
+
+        The end of an episode may cut this short: `info["control_steps"]` then says how many were taken.
+        """
         self._check_begun()
-        total, success, ended = 0.0, 0.0, False
+        total, success, ended, control_steps = 0.0, 0.0, False, 0
         self._taken = 0
         for single in action if self.action_chunk > 1 else (action,):
             if ended:
@@ -136,6 +139,7 @@ class Pixels(gymnasium.Wrapper):
             self._taken += 1
             for _ in range(self.action_repeat):
                 self._state, reward, terminated, truncated, info = self.env.step(single)
+                control_steps += 1
                 total += float(reward)
                 success = max(success, info.get("success", 0.0))
                 ended = terminated or truncated
@@ -143,6 +147,8 @@ class Pixels(gymnasium.Wrapper):
                     break
             if self.distraction is not None:
                 self.distraction.advance(self.view)
+        if ended:
+            info["control_steps"] = control_steps
         if "success" in info:
             info["success"] = success
         return self._look(), total, terminated, truncated, self._with_foreground(info)

@@ -26,7 +26,7 @@ class Progress:
 
     Attributes:
         agent_steps: decisions taken, over all environments.
-        env_frames: control steps of the simulator (agent steps times action repeat).
+        env_frames: control steps of the simulator: agent steps times action repeat, less what ends of episodes cut off.
         gradient_updates: calls of `agent.update`.
         wall_seconds: time spent, earlier sessions included.
     """

@@ -115,7 +115,8 @@ class TrainingLoop(ABC):
         settings: how long and how often.
         logger: where numbers go.
         checkpoints: where checkpoints go.
-        action_repeat: control steps per agent step, to count frames.
+        action_repeat: control steps per agent step, to count frames; `final_info["control_steps"]` corrects the
+            last one of an episode.
         seed: of the first reset and of the random actions.
         hooks: evaluation, timing and stopping.
     """
@@ -314,6 +315,7 @@ class TrainingLoop(ABC):
         progress.agent_steps += self.envs.num_envs
         progress.env_frames += self.envs.num_envs * self.action_repeat
         if "episode" in info:
+            progress.env_frames -= self._left_out(info)
             ended = np.flatnonzero(info["_episode"])
             self._returns += [float(info["episode"]["r"][i]) for i in ended]
             self._lengths += [float(info["episode"]["l"][i]) for i in ended]
@@ -321,6 +323,14 @@ class TrainingLoop(ABC):
         clock = time.perf_counter()
         self.learn_afterwards()
         self._seconds["update"] += time.perf_counter() - clock
+
+    def _left_out(self, info: Mapping[str, Any]) -> int:
+        """Return the control steps that ends of episodes kept from being taken, where the environments say so."""
+        final = info.get("final_info", {})
+        if "control_steps" not in final:
+            return 0
+        taken = final["control_steps"][final["_control_steps"]]
+        return int(np.sum(self.action_repeat - taken))
 
     def _due(self, every: int) -> bool:
         """Whether this step passed a multiple of `every`."""

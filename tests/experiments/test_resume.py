@@ -226,3 +226,16 @@ def test_a_run_that_is_asked_to_stop_leaves_no_mark_in_its_metrics(at: int, tmp_
         session.train(lambda: session.loop.state.progress.agent_steps >= at)
     resume(parts)
     assert run_difference(whole, parts) is None
+
+
+@pytest.mark.parametrize("agent", ["drqv2", "ppo"])
+def test_frames_are_the_control_steps_that_were_taken(agent: str, tmp_path: Path) -> None:
+    # 9 control steps are agent steps of 4, 4 and 1.
+    flags = {"num_envs": 2, "action_repeat": 4, "episode_length": 9}
+    whole = train(agent, "toy/reach", tmp_path / "whole", steps=28, workers=2, **flags)
+    progress = final_state(whole)["progress"]
+    assert (progress["agent_steps"], progress["env_frames"]) == (28, 2 * (4 * 9 + 2 * 4))
+    cut = train(agent, "toy/reach", tmp_path / "cut", steps=14, **flags)
+    assert final_state(cut)["progress"]["env_frames"] == 2 * (2 * 9 + 4)
+    resume(cut, steps=28)
+    assert final_state(cut)["progress"]["env_frames"] == progress["env_frames"]
