@@ -19,6 +19,7 @@ have to be guessed. In pictures it is a small colored mark, where the task has o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -78,14 +79,18 @@ class MetaWorldTask(gymnasium.Env):
     Args:
         task: its name without version, such as `drawer-open`.
         episode_length: steps until `truncated`; None is Meta-World's own 500.
+        furniture: objects that masks leave out of the foreground.
     """
 
     default_camera = "corner2"
 
-    def __init__(self, task: str, *, episode_length: int | None = None) -> None:
+    def __init__(
+        self, task: str, *, episode_length: int | None = None, furniture: Sequence[str] = ()
+    ) -> None:
         if task not in task_names():
             raise UserError.unknown("Meta-World task", task, task_names())
         self.task = task
+        self._furniture = tuple(furniture)
         self._env = metaworld.env_dict.ALL_V3_ENVIRONMENTS[task + VERSION]()
         self._env._partially_observable = False
         self._env._set_task_called = True
@@ -178,6 +183,7 @@ class MetaWorldTask(gymnasium.Env):
             camera=through,
             quality=quality,
             scenery=metaworld_scenery,
+            furniture=self._furniture,
             upside_down=through.fixedcamid == model.camera("corner2").id,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import mujoco
 import numpy as np
@@ -33,6 +33,7 @@ class MujocoView:
         camera: int | str | mujoco.MjvCamera | None = None,
         quality: Quality = "reference",
         scenery: Callable[[mujoco.MjModel], Scenery] = find_scenery,
+        furniture: Sequence[str] = (),
         upside_down: bool = False,
     ) -> None:
         """Look at `simulation()`.
@@ -45,11 +46,13 @@ class MujocoView:
                 free one.
             quality: see `Renderer`.
             scenery: tells what of a model is background; asked again when the model is another.
+            furniture: objects of the scenery that are no foreground, though nothing can replace them.
             upside_down: the camera hangs upside down: turn its picture by half a turn.
         """
         self.height, self.width, self.quality = height, width, quality
         self._simulation, self._find_scenery = simulation, scenery
         self._camera_name, self._upside_down = camera, upside_down
+        self._furniture = frozenset(furniture)
         self._renderer: Renderer | None = None
         self._changes = Changes()
         self._look_at(simulation()[0])
@@ -117,8 +120,15 @@ class MujocoView:
         return Layers(self._upright(front.astype(np.uint8)), self._upright(coverage))
 
     def foreground(self) -> np.ndarray:
-        """Return where the picture shows neither sky, floor nor walls, bool [H, W]."""
-        return ~self._shown_parts(self.parts)
+        """Return where the picture shows neither sky, floor, walls nor furniture, bool [H, W]."""
+        furniture = (
+            geom
+            for slot, paint in self._scenery.objects.items()
+            if slot.rstrip("0123456789")
+            in self._furniture  # a body of several looks has several slots
+            for geom in paint.geoms
+        )
+        return ~self._shown_parts(self.parts, furniture)
 
     def visible_parts(self) -> frozenset[Part]:
         """Return the background parts of which at least one pixel is seen now."""
@@ -181,8 +191,8 @@ class MujocoView:
         self._changes.adjust(scene, self._camera)
         return self._renderer
 
-    def _shown_parts(self, parts: frozenset[Part]) -> np.ndarray:
-        """Return the pixels that show any of `parts`, bool [H, W]."""
+    def _shown_parts(self, parts: frozenset[Part], others: Iterable[int] = ()) -> np.ndarray:
+        """Return the pixels that show any of `parts`, or of the geoms `others`, bool [H, W]."""
         renderer = self._scene()
         scene, flags = renderer.scene, renderer.scene.flags
         kept = flags.copy()
@@ -193,6 +203,7 @@ class MujocoView:
             flags[:] = kept
         numbers = codes[..., 0] + (codes[..., 1] << 8) + (codes[..., 2] << 16)
         background = {id_ for part in parts for id_ in self._scenery.geoms.get(part, ())}
+        background.update(others)
         shown = np.zeros(scene.ngeom + 1, bool)
         shown[0] = "sky" in parts
         for geom in scene.geoms[: scene.ngeom]:

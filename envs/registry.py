@@ -42,6 +42,9 @@ class TaskSpec:
     looked."""
     objects: bool | None = None
     """Whether there is something beside robot and background; None where nobody has looked."""
+    furniture: tuple[str, ...] = ()
+    """Bodies that no video replaces and that are no foreground either, such as a table: where an agent looks is scored
+    against what remains. The adapter takes them under this name."""
     textures: bool | None = None
     """Whether floor, walls or table show a picture; None where nobody has looked."""
     floor_opacity: float = 0.3
@@ -69,7 +72,16 @@ class TaskSpec:
         if isinstance(adapter, str):
             module, _, name = adapter.partition(":")
             adapter = getattr(importlib.import_module(module), name)
-        return adapter(**self.arguments, episode_length=episode_length or self.episode_length)
+        arguments = {**self.arguments, "episode_length": episode_length or self.episode_length}
+        if self.furniture:
+            arguments["furniture"] = self.furniture
+        return adapter(**arguments)
+
+    @property
+    def foreground(self) -> str:
+        """What masks count, in words."""
+        background = ("sky", "floor", "walls", *self.furniture)
+        return f"all but {', '.join(background[:-1])} and {background[-1]}"
 
 
 _TASKS: dict[str, TaskSpec] = {}
@@ -210,6 +222,7 @@ def _register_own() -> None:
             episode_length=500,
             background=_seen(task, _ROOM),
             objects=True,
+            furniture=("table",),
             textures=True,
             success=True,
         )

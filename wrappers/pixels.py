@@ -161,7 +161,7 @@ class Pixels(gymnasium.Wrapper):
         return pixels if self._mode == "pixels" else {"pixels": pixels, "state": self._state}
 
     def foreground(self) -> np.ndarray:
-        """Return where the newest picture shows neither sky, floor nor walls, bool [size, size]."""
+        """Return where the newest picture shows the foreground, see `View.foreground`, bool [size, size]."""
         self._check_begun()
         return self.view.foreground()
 

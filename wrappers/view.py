@@ -13,7 +13,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 
 Part = Literal["sky", "floor", "walls"]
-"""Parts of a scene that are background. Everything else (robot, table, objects, targets) is foreground."""
+"""Parts of a scene that a video may replace; the rest is robot, objects, targets, and perhaps a table."""
 
 Palette = Literal["scene", "materials", "objects"]
 """Which colors of a scene are meant: the slots that DMC-GB repaints, every material (the tint of what has a
@@ -114,7 +114,7 @@ class View(Protocol):
         ...
 
     def foreground(self) -> np.ndarray:
-        """Return where the picture shows neither sky, floor nor walls, bool [H, W]."""
+        """Return where the picture shows neither sky, floor, walls nor what else a task says is none, bool [H, W]."""
         ...
 
     def colors(self, palette: Palette = "scene") -> dict[str, np.ndarray]:

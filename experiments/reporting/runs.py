@@ -31,6 +31,9 @@ SALIENCY = ("iou", "energy", "pointing", "area")
 """How saliency lies on the foreground: overlap with it, share inside it, how often its peak does; and
 the foreground's share of the picture, which is what a random look would score."""
 
+FOREGROUND = "all but sky, floor and walls"
+"""What evaluations scored that do not say."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -69,6 +72,8 @@ class Evaluation:
     split: str
     backgrounds: str
     """Where the videos behind the agent came from: `procedural` or a folder."""
+    foreground: str
+    """What saliency was scored against, in words."""
     results: dict[str, Result] = field(default_factory=dict)
     videos: dict[str, Path] = field(default_factory=dict)
     saliency: dict[str, Path] = field(default_factory=dict)
@@ -231,18 +236,20 @@ def _read_evaluations(run: Run) -> None:
         str(newest.get("checkpoint", "")),
         str(newest.get("split", "test")),
         str(newest.get("videos", "procedural")),
+        str(newest.get("foreground", FOREGROUND)),
     )
     protocol = ("agent_steps", "checkpoint", "split", "videos")
     for path, content in found:
         if all(content.get(key) == newest.get(key) for key in protocol):
-            _merge(run, path, content["results"])
+            _merge(run, path, content)
 
 
-def _merge(run: Run, path: Path, results: dict[str, dict[str, Any]]) -> None:
+def _merge(run: Run, path: Path, content: dict[str, Any]) -> None:
     """Add one file's results, and the media in the folder of its name, to the run's evaluation."""
     evaluation = run.evaluation
     assert evaluation is not None
-    for name, result in results.items():
+    is_scored_alike = content.get("foreground", FOREGROUND) == evaluation.foreground
+    for name, result in content["results"].items():
         returns, success = _finite(result["returns"]), _finite(result.get("success"))
         if len(returns) < max(1, len(result["returns"])):
             run.notes.append(f"{name}: some returns are missing or not finite, left out")
@@ -251,7 +258,7 @@ def _merge(run: Run, path: Path, results: dict[str, dict[str, Any]]) -> None:
         evaluation.results[name] = Result(
             returns,
             float(success.mean()) if len(success) else None,
-            _read_saliency(run, name, result.get("saliency")),
+            _read_saliency(run, name, result.get("saliency")) if is_scored_alike else {},
         )
         media = path.with_suffix("")
         for video in (media / f"{name}{suffix}" for suffix in VIDEO_SUFFIXES):

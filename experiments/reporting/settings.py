@@ -78,6 +78,11 @@ def _task_cautions(env_id: str, runs: list[Run]) -> Iterable[str]:
         if len(found) > 1:
             yield f"{env_id}: runs saw different {what} ({'; '.join(found)}); do not compare them."
     evaluations = [run.evaluation for run in runs if run.evaluation]
+    scored = sorted(
+        {e.foreground for e in evaluations if any(r.saliency for r in e.results.values())}
+    )
+    if len(scored) > 1:
+        yield f"{env_id}: saliency was scored on {' and on '.join(scored)}; do not compare it."
     protocols = sorted({f"{e.split} split, {e.backgrounds} videos" for e in evaluations})
     if len(protocols) > 1:
         yield f"{env_id}: evaluated differently ({'; '.join(protocols)}); do not compare them."

@@ -88,6 +88,8 @@ def looks_table(summary: Summary, env_id: str) -> Table | None:
             if any(found) or name == names[0]:
                 agent = Cell(group.agent, flag=flag(group))
                 rows.append([agent, Cell(name), *(_share(values) for values in found)])
+    evaluations = [run.evaluation for group in groups for run in group.runs if run.evaluation]
+    foregrounds = dict.fromkeys(evaluation.foreground for evaluation in evaluations)
     head = ["agent", "distraction", "IoU", "energy", "pointing", "area (a random look)"]
     caption = (
         f"Where agents look on {env_id}: share of saliency on the foreground, mean over runs with its "
@@ -96,7 +98,8 @@ def looks_table(summary: Summary, env_id: str) -> Table | None:
     notes = (
         "IoU: overlap of the most salient pixels with it. Energy: share of all saliency inside "
         "it. Pointing: how often the most salient pixel lies on it. Area: the foreground's share of the "
-        "picture, which is the energy and the pointing of a look that knows nothing.",
+        "picture, which is the energy and the pointing of a look that knows nothing. "
+        f"The foreground is {' or '.join(foregrounds)}.",
         *learned_notes(groups),
     )
     return Table(f"looks-{slug(env_id)}", caption, head, rows, notes)

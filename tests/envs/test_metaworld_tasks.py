@@ -1,10 +1,13 @@
 """Meta-World through our adapter: seeded, exact to resume, upright, and still the same tasks."""
 
+from contextlib import closing
+
 import gymnasium
 import numpy as np
 import pytest
 from metaworld import env_dict, policies
 
+import envs
 from envs.metaworld_tasks import MetaWorldTask, task_names
 from wrappers.errors import UserError
 
@@ -136,6 +139,27 @@ def test_walls_and_floor_are_background_while_table_and_objects_stay() -> None:
     assert not foreground[0].any()  # the room behind
     assert foreground[42:48, 42:54].all()  # the table
     assert 0.2 < foreground.mean() < 0.6
+
+
+@pytest.mark.parametrize("task", ["drawer-open", "hammer"])
+def test_the_registry_says_that_the_table_is_no_foreground(task: str) -> None:
+    masks, pictures = [], []
+    with closing(envs.make(f"metaworld/{task}", quality="fast", size=84, seed=0)) as env:
+        env.reset(seed=0)
+        masks.append(env.foreground())
+        view = env.view
+        slots = [slot for slot in view.colors("objects") if slot.startswith("table")]
+        for color in (np.ones(3), np.zeros(3)):  # of unlit white and black nothing is alike
+            view.set_colors(dict.fromkeys(slots, color), "objects")
+            pictures.append(view.render().astype(int))
+        adapter = MetaWorldTask(task)
+        adapter.set_state(env.get_state()["env"])
+        with closing(adapter.view(84, 84, quality="fast")) as with_table:
+            masks.append(with_table.foreground())
+    repainted = np.abs(pictures[0] - pictures[1]).max(2) > 0
+    np.testing.assert_array_equal(masks[1] & ~masks[0], repainted)
+    assert not (masks[0] & ~masks[1]).any()
+    assert 0.03 < masks[0].mean() < masks[1].mean() - 0.1, "robot and objects remain"
 
 
 @pytest.mark.parametrize("quality", ["fast", "reference"])

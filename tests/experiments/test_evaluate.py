@@ -7,7 +7,6 @@ import shutil
 import signal
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -65,6 +64,7 @@ def test_the_report_reads_what_evaluate_wrote(run: Path) -> None:
     assert content["env_frames"] == 24
     assert content["gradient_updates"] == 14
     assert content["checkpoint"] == "step-000000024"
+    assert content["foreground"] == "all but sky, floor and walls"
     assert (content["split"], content["videos"], content["seed"]) == ("test", "procedural", 11)
     seen = read_run(run)
     assert seen.notes == []
@@ -172,13 +172,15 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """The distractions that an evaluation began with, in turn; SIGTERM comes at the third."""
     names: list[str | None] = []
 
+    real = envs.make_vec
+
     def make_vec(*args: Any, **keywords: Any) -> VectorEnv:
         names.append(keywords["distraction"])
         if len(names) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return envs.make_vec(*args, **keywords)
+        return real(*args, **keywords)
 
-    monkeypatch.setattr("experiments.evaluate.envs", SimpleNamespace(make_vec=make_vec))
+    monkeypatch.setattr(envs, "make_vec", make_vec)
     return names
 
 
@@ -237,6 +239,7 @@ def test_a_stopped_evaluation_of_something_else_is_begun_anew(
         (partial / "clean.mp4").unlink()
     else:
         (partial / "rows.json").write_text("half writ")
+    begun[3:] = []  # the other training's environments
     assert main(words) == 0
     again = {"video": ["random policy"]}.get(change, [])
     todo = [None, "video_hard", "color_hard"]

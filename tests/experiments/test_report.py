@@ -339,3 +339,17 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     assert "python -m experiments.report runs/" in capsys.readouterr().out
+
+
+def test_the_page_says_what_saliency_was_scored_on_and_mixes_no_two(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    for seed, scored in ((1, {}), (2, {"foreground": "all but the table"})):
+        run = make_run("sgqn", seed, clean=[800.0, 810.0])
+        row = {"returns": [700.0], "success": None, "lengths": [125]}
+        row["saliency"] = {"energy": [0.5], "iou": [0.4], "pointing": [1.0], "area": [0.1]}
+        write_evaluation(run, "20270101-000000", {"clean": row}, **scored)
+    shown = text_of(build_report([tmp_path / "runs"], tmp_path / "out"))
+    one, other = "all but sky, floor and walls", "all but the table"
+    assert f"The foreground is {one} or {other}." in shown
+    assert f"saliency was scored on {one} and on {other}; do not compare it" in shown
