@@ -19,6 +19,7 @@ from agents.policy import read_config
 from experiments import train
 from experiments.arguments import Parser, run_command, terminate_as_interrupt
 from experiments.evaluate import evaluate_run
+from experiments.imports import add_import_flag, import_for_run
 from experiments.report import build_report
 from experiments.settings import read_loop
 
@@ -40,6 +41,7 @@ def parser() -> Parser:
     p.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="run folder [runs/demo]")
     for name, (value, meaning) in DEFAULTS.items():
         p.add_argument(f"--{name}", type=type(value), help=f"{meaning} [{value}]")
+    add_import_flag(p)
     p.add_argument("--episodes", type=int, default=10, help="episodes per distraction [10]")
     return p
 
@@ -50,21 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.episodes < 1:
         raise UserError(f"--episodes is {arguments.episodes}; give at least 1")
+    imports = [f"--import={name}" for name in arguments.imports]
     run = arguments.run_dir
     given = {name: getattr(arguments, name) for name in DEFAULTS}
     is_new = not (run / "config.json").exists()
     if not is_new:
         check_same(run, given)
+        import_for_run(read_config(run), arguments.imports, folder=run)
     if is_new:
         flags = [
             word
             for name, (value, _) in DEFAULTS.items()
             for word in (f"--{name}", str(value if given[name] is None else given[name]))
         ]
-        code = train.main([*flags, "--run-dir", str(run)])
+        code = train.main([*flags, *imports, "--run-dir", str(run)])
     elif steps_left(run):
         print(f"going on with {run}")
-        code = train.main(["--resume", str(run)])
+        code = train.main(["--resume", str(run), *imports])
     else:
         print(f"{run} is trained already; remove it to train anew")
         code = 0
@@ -76,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminate_as_interrupt()
     print("\nevaluation under distractions that training never showed")
     # A name of its own, so that nobody's evaluation is replaced.
-    evaluate_run(run, episodes=arguments.episodes, name=RESULT, overwrite=True)
+    evaluate_run(
+        run, episodes=arguments.episodes, name=RESULT, overwrite=True, imports=arguments.imports
+    )
     page = build_report([run], run / "report", overwrite=True)
     print(f"\nreport: {page.resolve()}\ncurves: tensorboard --logdir {run}")
     return 0

@@ -5,8 +5,9 @@
 
 Left is the frame as the agent sees it, in the middle its saliency (scaled by itself in every frame), right both
 together; below, the reward of the step that led here and the return so far. An agent without saliency gets the frame
-alone. Colors and videos come from the test split; the episodes are the first ones of `experiments.evaluate` with the
-same --seed.
+alone. Colors and videos come from the test split. Films are the episodes that the environments of
+`experiments.evaluate` begin with at the same --seed: as many as its --num-envs are among those that it counts, later
+ones are further episodes of the same kind.
 """
 
 from __future__ import annotations

@@ -25,8 +25,10 @@ import psutil
 
 import envs
 from agents.core.errors import UserError
+from agents.core.imports import import_modules
 from agents.registry import find
 from experiments.arguments import Parser, run_command, terminate_as_interrupt
+from experiments.imports import add_import_flag
 from experiments.runs import command_line, describe_system
 from wrappers.distraction.presets import make_distraction
 
@@ -51,6 +53,7 @@ def parser() -> Parser:
     )
     p.add_argument("--agent", default="drqv2", help="agent [drqv2]")
     p.add_argument("--env", default="dmc/cartpole-swingup", help="task [dmc/cartpole-swingup]")
+    add_import_flag(p)
     p.add_argument("--distraction", default="video_hard", help="distraction [video_hard]")
     p.add_argument("--minutes", type=float, default=60.0, help="of training; 0 for none [60]")
     p.add_argument("--eval-every", type=int, default=4000, help="agent steps between evaluations, "
@@ -69,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("nothing to do: give --minutes or --cycles above 0")
     if arguments.out.exists():
         raise UserError(f"'{arguments.out}' exists; give another --out")
+    import_modules(arguments.imports)
     find(arguments.agent)
     envs.get_spec(arguments.env)
     make_distraction(arguments.distraction)
@@ -101,6 +105,7 @@ def watch_training(arguments: argparse.Namespace) -> list[Row]:
         "--distraction", arguments.distraction, "--preset", "cpu", "--seed", "1", "--workers", "2",
         "--steps", str(10**9), "--replay-capacity", "8000", "--eval-every", str(arguments.eval_every),
         "--checkpoint-every", str(arguments.eval_every), "--run-dir", str(arguments.out / "run"),
+        *(f"--import={name}" for name in arguments.imports),
     ]  # fmt: skip
     rows: list[Row] = []
     start = time.monotonic()

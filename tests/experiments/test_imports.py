@@ -24,8 +24,10 @@ from agents.core.replay import Batch
 from agents.policy import read_config
 from envs import registry
 from experiments.benchmark import main as benchmark
+from experiments.demo import main as demo
 from experiments.evaluate import main as evaluate
 from experiments.imports import import_for_run
+from experiments.soak import main as soak
 from experiments.train import main as train
 from tests.experiments.helpers import TINY, as_arguments, final_state
 
@@ -285,6 +287,32 @@ def test_the_benchmark_hands_its_modules_on(
     folders = ["--runs", str(tmp_path), "--out", str(tmp_path)]
     assert benchmark([*words, *folders, "--import", "third_party"]) == 2  # nothing was evaluated
     assert "--import=third_party" in seen[0]
+
+
+def test_the_demo_and_the_soak_hand_their_modules_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def stop(command: list[str], **_: object) -> int:
+        seen.append(command)
+        raise UserError("seen")
+
+    monkeypatch.setattr("experiments.demo.train.main", stop)
+    monkeypatch.setattr("experiments.soak.subprocess.Popen", stop)
+    words = ["--agent", "drq-averaged", "--env", "example/follow", "--import", "third_party"]
+    assert demo([*words, "--run-dir", str(tmp_path / "run")]) == 2
+    assert soak([*words, "--out", str(tmp_path / "out")]) == 2
+    assert all("--import=third_party" in command for command in seen)
+    assert len(seen) == 2
+
+
+def test_the_demo_goes_on_with_the_modules_that_its_run_remembers(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.demo.evaluate_run", lambda *_, **keywords: run)
+    monkeypatch.setattr("experiments.demo.build_report", lambda *_, **keywords: run)
+    assert demo(["--run-dir", str(run)]) == 0, "in a process that has not imported them"
 
 
 def test_a_module_that_came_with_the_run_is_not_imported_unasked(

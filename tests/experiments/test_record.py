@@ -74,6 +74,20 @@ def test_films_are_the_episodes_that_evaluate_counts(run: Path) -> None:
     # Singly and in batches the actions differ in their last bits (of bfloat16 where the CPU has it).
     np.testing.assert_allclose(totals, evaluated, rtol=1e-3)
     assert np.abs(np.subtract.outer(totals, totals))[np.triu_indices(3, 1)].min() > 0.1
+    # Each environment begins with one of them, and goes on with episodes of its own.
+    file = evaluate_run(
+        run,
+        distractions=["video_hard"],
+        episodes=3,
+        num_envs=2,
+        seed=5,
+        workers=0,
+        media=False,
+        name="two",
+    )
+    evaluated = json.loads(file.read_text())["results"]["video_hard"]["returns"]
+    np.testing.assert_allclose(totals[:2], evaluated[:2], rtol=1e-3)
+    assert not np.isclose(totals[2], evaluated, rtol=1e-3).any()
 
 
 def test_moments_hold_what_the_agent_saw_looked_at_and_earned(run: Path) -> None:
