@@ -126,7 +126,7 @@ class Pixels(gymnasium.Wrapper):
         return self._first_look(seed), self._with_foreground(info)
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-"""Repeat every action and sum the rewards; a success at any moment of it counts.
+        """Repeat every action and sum the rewards; a success at any moment of it counts.
 
         The end of an episode may cut this short: `info["control_steps"]` then says how many were taken.
         """
