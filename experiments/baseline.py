@@ -147,14 +147,14 @@ def train_baseline(run: Path, config: dict[str, Any]) -> None:
             f"{config['agent']} needs Stable-Baselines3: pip install stable-baselines3"
         ) from error
     _clear_unfinished(run)
-    make_run_dir(run)
+    is_new = make_run_dir(run)
     with lock_run(run):
         config["baseline"] = {"stable_baselines3": version("stable-baselines3")}
         begin_run(run, config)
         try:
             _train(run, config)
         except UserError:
-            abandon_run(run)
+            abandon_run(run, is_new=is_new)
             raise
 
 
