@@ -20,7 +20,10 @@ from agents.off_policy.ddpg import DDPG, DDPGConfig
 from agents.off_policy.sac import SAC, SACConfig
 from agents.off_policy.sgqn import SGQNConfig
 from agents.off_policy.svea import SVEAConfig
-from agents.on_policy.ppo import A2C, PPO, PPOConfig
+from agents.on_policy.ppo import A2C, PPO, REINFORCE, PPOConfig
+from agents.on_policy.rebel import REBEL, REBELConfig
+from agents.on_policy.trpo import TRPO, TRPOConfig
+from agents.on_policy.vmpo import VMPO, VMPOConfig
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ AGENTS: dict[str, AgentSpec] = {
     "a2c": AgentSpec(
         PPO, (A2C,), "advantage actor-critic: PPO without a clip, one pass", on_policy=True
     ),
+    "reinforce": AgentSpec(
+        PPO, (REINFORCE,), "Monte Carlo policy gradient: one step a rollout", on_policy=True
+    ),
     "spo": AgentSpec(
         PPO, (PPOConfig(surrogate="spo"),), "simple policy optimization", on_policy=True
     ),
@@ -80,6 +86,13 @@ AGENTS: dict[str, AgentSpec] = {
         (PPOConfig(surrogate="learned_drift"),),
         "learnt policy optimization: PPO with a drift that evolution found",
         on_policy=True,
+    ),
+    "trpo": AgentSpec(TRPO, (TRPOConfig(),), "trust region policy optimization", on_policy=True),
+    "vmpo": AgentSpec(
+        VMPO, (VMPOConfig(),), "on-policy MPO: imitate the better half", on_policy=True
+    ),
+    "rebel": AgentSpec(
+        REBEL, (REBELConfig(),), "regression of relative advantages", on_policy=True
     ),
 }
 

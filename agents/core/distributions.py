@@ -84,6 +84,15 @@ class Gaussian:
         """Return the most likely actions [B, A]."""
         return self.mean
 
+    def packed(self) -> Tensor:
+        """Return what `unpacked` makes these distributions of, float32 [B, 2 * A]."""
+        return torch.cat([self.mean, self.log_std.expand_as(self.mean)], -1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Gaussian:
+        """Return the distributions that were `packed`."""
+        return cls(*packed.chunk(2, -1))
+
 
 @dataclass(frozen=True)
 class Categorical:
@@ -111,3 +120,34 @@ class Categorical:
     def mode(self) -> Tensor:
         """Return the most likely actions, int64 [B]."""
         return self.logits.argmax(-1)
+
+    def packed(self) -> Tensor:
+        """Return what `unpacked` makes these distributions of, float32 [B, number of actions]."""
+        return self.logits
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Categorical:
+        """Return the distributions that were `packed`."""
+        return cls(packed)
+
+
+Policy = Gaussian | Categorical
+"""What an on-policy agent draws its actions from."""
+
+
+def kl(old: Policy, new: Policy) -> Tensor:
+    """Return KL(old || new) of each row, [B] in nats, differentiable in both.
+
+    Args:
+        old: Gaussian or Categorical.
+        new: of the same kind and shape.
+    """
+    if isinstance(old, Categorical) and isinstance(new, Categorical):
+        log_probs = old.logits.log_softmax(-1)
+        return (log_probs.exp() * (log_probs - new.logits.log_softmax(-1))).sum(-1)
+    assert isinstance(old, Gaussian)
+    assert isinstance(new, Gaussian)
+    shift = (new.mean - old.mean) * torch.exp(-new.log_std)
+    # Of x = log(spread / spread): expm1 keeps the digits of spreads that differ little, where the KL is about x^2.
+    x = old.log_std - new.log_std
+    return 0.5 * (torch.expm1(2 * x) - 2 * x + shift.square()).sum(-1)

@@ -182,14 +182,18 @@ def kl_estimate(log_ratio: Tensor, *, estimator: Divergence = "k3") -> Tensor:
 
 
 def kl_penalty(
-    log_ratio: Tensor, advantage: Tensor, *, coefficient: float = 1.0, estimator: Divergence = "k3"
+    log_ratio: Tensor,
+    advantage: Tensor,
+    *,
+    coefficient: float | Tensor = 1.0,
+    estimator: Divergence = "k3",
 ) -> Tensor:
     """Return the unclipped surrogate with a penalty on KL(old || new) (Schulman et al. 2017, arXiv:1707.06347, eq. 8).
 
     Args:
         log_ratio: [*].
         advantage: [*].
-        coefficient: of the penalty, at least 0; an agent may adapt it.
+        coefficient: of the penalty, at least 0; an agent that adapts it gives a 0-d tensor.
         estimator: see `kl_estimate`.
     """
     penalty = kl_estimate(log_ratio, estimator=estimator)

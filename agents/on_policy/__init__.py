@@ -1,1 +1,1 @@
-"""On-policy agents: PPO and the surrogates that take the place of its clip."""
+"""On-policy agents: PPO with the surrogates that take the place of its clip, TRPO, V-MPO, REBEL."""

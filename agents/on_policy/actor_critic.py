@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from agents.core.advantages import generalized_advantage
 from agents.core.agent import Observation, OnPolicyAgent, ReplaySettings
 from agents.core.augmentations import random_shift
-from agents.core.distributions import Categorical, Gaussian
+from agents.core.distributions import Categorical, Gaussian, Policy, kl
 from agents.core.encoders import EncoderName
-from agents.core.errors import UserError
+from agents.core.errors import DivergedError, UserError
 from agents.core.fields import Field, observation_boxes
 from agents.core.greedy import GreedyPolicy
 from agents.core.normalizers import RewardScale
@@ -154,9 +154,7 @@ def normalized(advantage: Tensor) -> Tensor:
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
-def regularization_loss(
-    policy: Gaussian | Categorical, value: Tensor, seen: Gaussian | Categorical, seen_value: Tensor
-) -> Tensor:
+def regularization_loss(policy: Policy, value: Tensor, seen: Policy, seen_value: Tensor) -> Tensor:
     """Return DrAC's term: an augmented picture's policy and value should be those of the picture.
 
     Args:
@@ -165,25 +163,51 @@ def regularization_loss(
         seen: the policy of the augmented picture.
         seen_value: [B], its value.
     """
-    if isinstance(policy, Categorical) and isinstance(seen, Categorical):
-        target = policy.logits.detach().log_softmax(-1)
-        divergence = (target.exp() * (target - seen.logits.log_softmax(-1))).sum(-1)
-    else:
-        assert isinstance(policy, Gaussian)
-        assert isinstance(seen, Gaussian)
-        # Both have one spread, so that their KL is the distance of the means in its units.
-        difference = (seen.mean - policy.mean.detach()) * torch.exp(-seen.log_std.detach())
-        divergence = 0.5 * difference.square().sum(-1)
-    return divergence.mean() + F.mse_loss(seen_value, value.detach())
+    target = type(policy).unpacked(policy.packed().detach())
+    # A Gaussian's spread does not depend on what is seen: only the means can differ, and learn.
+    if isinstance(seen, Gaussian):
+        seen = Gaussian(seen.mean, seen.log_std.detach())
+    return kl(target, seen).mean() + F.mse_loss(seen_value, value.detach())
 
 
 def mean_metrics(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the means over gradient steps, of the names that the first one has."""
-    return {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
+    """Return the means over gradient steps, of the names that the first one has; none for no steps.
+
+    What the first step finds is told apart as `ratio/first_deviation`: there, the policy is still the one that acted.
+
+    Here one update's metrics are looked at for the first time, all together: weights that are not finite would
+    otherwise show in the next action only, which does not say where they come from.
+
+    Raises:
+        DivergedError: a metric is not finite; the text names the first, and its gradient step.
+    """
+    if not metrics:
+        return {}
+    names = list(metrics[0])
+    table = torch.stack([torch.stack([m[name].float() for name in names]) for m in metrics])
+    if not (finite := torch.isfinite(table)).all():
+        step = int((~finite).any(1).nonzero()[0, 0])
+        bad = [
+            name for name, is_fine in zip(names, finite[step].tolist(), strict=True) if not is_fine
+        ]
+        # What makes the others so, where it is among them.
+        culprit = "a log-ratio" if "ratio/kl" in bad else bad[0]
+        value = table[step, names.index("ratio/kl" if "ratio/kl" in bad else bad[0])].item()
+        raise DivergedError(
+            f"{culprit} is not finite (its metric is {value}) in gradient step {step + 1} of {len(metrics)} of an "
+            "update; training stops, the last checkpoint is kept (lower the learning rate or the epochs)"
+        )
+    means = dict(zip(names, table.mean(0), strict=True))
+    if "ratio/largest_deviation" in means:
+        means["ratio/first_deviation"] = metrics[0]["ratio/largest_deviation"]
+    return means
 
 
 class OnPolicyActorCritic(OnPolicyAgent):
     """A policy and a value that learn from rollouts; see the module's docstring.
+
+    Attributes:
+        keeps_policy: rollouts remember the distribution of every action, for `acted`.
 
     Args:
         observation_space: uint8 pixels (3*k, H, W), a float vector, or a Dict of both.
@@ -193,6 +217,8 @@ class OnPolicyActorCritic(OnPolicyAgent):
         device: where networks live.
         seed: of weights, exploration and minibatches.
     """
+
+    keeps_policy: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -209,10 +235,16 @@ class OnPolicyActorCritic(OnPolicyAgent):
             raise UserError(f"{name} acts in Box and Discrete spaces, not in {action_space}")
         if getattr(action_space, "start", 0) != 0:
             raise UserError(f"{name} numbers actions from 0, not as in {action_space}")
+        self.shape = action_space.shape or ()
+        is_box = isinstance(action_space, gym.spaces.Box)
+        if is_box and not (math.prod(self.shape) and action_space.dtype.kind == "f"):
+            raise UserError(
+                f"{name} draws at least one real number, which does not fit {action_space}"
+            )
+        self.distribution: type[Policy] = Gaussian if is_box else Categorical
         self.config, self.device = config, torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = np.random.default_rng(seed)
-        self.shape = action_space.shape or ()
         spaces = observation_boxes(observation_space)
         self.pad = 0
         if "pixels" in spaces and config.pad:
@@ -234,6 +266,10 @@ class OnPolicyActorCritic(OnPolicyAgent):
             self.network.parameters(), lr=config.learning_rate, eps=1e-5
         )
         self.extras = {"log_prob": Field(), "value": Field()}
+        if self.keeps_policy:
+            is_discrete = isinstance(action_space, gym.spaces.Discrete)
+            outputs = int(action_space.n) if is_discrete else 2 * math.prod(self.shape)  # type: ignore[union-attr]
+            self.extras["policy"] = Field((outputs,))
         self.rollout_length, self.gradient_updates = config.rollout_length, 0
         size = min(config.minibatch_size, config.rollout_length * num_envs)
         self.replay_settings = ReplaySettings(size, 1, config.discount)
@@ -246,6 +282,8 @@ class OnPolicyActorCritic(OnPolicyAgent):
         policy, value = self.network(observation)
         action = policy.sample(self.generator) if explore else self._mode(policy)
         extras = {"log_prob": policy.log_prob(action), "value": value}
+        if self.keeps_policy:
+            extras["policy"] = policy.packed()
         return (
             action.unflatten(-1, self.shape).cpu().numpy() if self.shape else action.cpu().numpy(),
             None,
@@ -316,14 +354,19 @@ class OnPolicyActorCritic(OnPolicyAgent):
             target=(advantage + value).flatten(),
         )
 
-    def minibatches(self, experience: Experience) -> Iterator[Tensor]:
-        """Yield the step numbers of one pass's minibatches."""
-        yield from experience.minibatches(self.config.minibatch_size, self.order)
+    def acted(self, experience: Experience, index: Tensor) -> Policy:
+        """Return the distributions from which the actions of these steps were drawn."""
+        packed = experience.extras["policy"].flatten(0, 1)
+        return self.distribution.unpacked(packed[index.to(packed.device)])
+
+    def minibatches(self, experience: Experience, size: int | None = None) -> Iterator[Tensor]:
+        """Yield the step numbers of one pass's minibatches, of the config's size unless another is given."""
+        yield from experience.minibatches(size or self.config.minibatch_size, self.order)
 
     def critic_loss(
         self,
         observation: Observation,
-        policy: Gaussian | Categorical,
+        policy: Policy,
         value: Tensor,
         target: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -338,10 +381,11 @@ class OnPolicyActorCritic(OnPolicyAgent):
         return loss, {"loss/value": error.detach()}
 
     def descend(self, loss: Tensor) -> Tensor:
-        """Take one gradient step, and return the gradient's norm before it was scaled down."""
+        """Take one gradient step of what the optimizer holds, and return the gradient's norm before it was scaled."""
+        moved = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_gradient_norm)
+        loss.backward(inputs=moved)
+        norm = nn.utils.clip_grad_norm_(moved, self.config.max_gradient_norm)
         self.optimizer.step()
         self.gradient_updates += 1
         return norm.detach()

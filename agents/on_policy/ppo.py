@@ -1,9 +1,9 @@
 """Proximal policy optimization from pixels, state or both (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
 
 The clip is one of several surrogates that keep a policy near the one that acted (`agents.core.policy_gradient`); A2C,
-REINFORCE, SPO, DPO's and LPO's drifts, ASPO and a KL penalty are this agent with another `surrogate`. Defaults are
-Stable-Baselines3's for continuous control from states; what differs from common implementations stands in
-`agents.on_policy.actor_critic`.
+REINFORCE, SPO, DPO's and LPO's drifts, ASPO and a KL penalty (fixed, or adapted to a target) are this agent with
+another `surrogate`. Defaults are Stable-Baselines3's for continuous control from states; what differs from common
+implementations stands in `agents.on_policy.actor_critic`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import torch
@@ -54,11 +54,17 @@ class PPOConfig(OnPolicyConfig):
     """Weights of `learned_drift`, written by `experiments.evolve_drift`; empty for those that are shipped."""
     target_kl: float = math.inf
     """Estimated KL(old || new), in nats, after which the remaining passes are left out."""
+    adaptive_kl_target: float = math.inf
+    """Estimated KL(old || new), in nats, that every update should come to: `kl_coefficient`, then only the start, is
+    halved and doubled to that end (PPO's paper, section 4: .003, .01 or .03); infinity keeps it fixed."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
+    baseline: bool = True
+    """Credit steps with advantages; without, with returns, and the value only stands in for what comes after a time
+    limit or the rollout."""
 
     RANGES: ClassVar[Ranges] = (
-        ("target_kl", positive, "a positive number"),
+        ("target_kl adaptive_kl_target", positive, "a positive number"),
         ("clip", lambda value: 0 < value < 1, "a number in (0, 1)"),
         ("kl_coefficient entropy_coefficient", not_negative, "0 or more"),
     )
@@ -73,6 +79,16 @@ class PPOConfig(OnPolicyConfig):
                 f"drift_file is '{self.drift_file}', but the surrogate is {self.surrogate}; give learned_drift, or no "
                 "file"
             )
+        if self.adapts_kl and not (self.surrogate == "kl_penalty" and self.kl_coefficient):
+            raise UserError(
+                f"adaptive_kl_target is {self.adaptive_kl_target}, but nothing adapts to it; use surrogate "
+                "kl_penalty with a kl_coefficient above 0"
+            )
+
+    @property
+    def adapts_kl(self) -> bool:
+        """Whether the coefficient of `kl_penalty` adapts."""
+        return math.isfinite(self.adaptive_kl_target)
 
     def surrogate_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the surrogate with this config's settings."""
@@ -106,6 +122,29 @@ A2C = PPOConfig(
 """Advantage actor-critic (Mnih et al. 2016, https://arxiv.org/abs/1602.01783): one step on all of a short rollout, with
 Stable-Baselines3's step size; its rollouts have 5 steps of more environments."""
 
+REINFORCE = PPOConfig(
+    surrogate="reinforce", rollout_length=2048, minibatch_size=10**9, epochs=1, learning_rate=3e-3,
+    gae_lambda=1.0, baseline=False,
+)  # fmt: skip
+"""Monte Carlo policy gradient (Williams 1992, https://doi.org/10.1007/BF00992696): one step on the returns of a long
+rollout, of which `normalize_advantage` takes the mean (Williams's reinforcement comparison) and the spread. The step
+size is ours. With `baseline` the value is subtracted, too."""
+
+
+def adapted_coefficient(coefficient: Tensor, divergence: Tensor, *, target: float) -> Tensor:
+    """Return the coefficient of a KL penalty for the next update (PPO's paper, section 4).
+
+    Halved where the last update came to less than target / 1.5, doubled above 1.5 * target; both stop before the
+    coefficient leaves float32 for good.
+
+    Args:
+        coefficient: 0-d, positive.
+        divergence: KL(old || new) of the last update, 0-d.
+        target: positive.
+    """
+    smaller = torch.where(divergence < target / 1.5, coefficient / 2, coefficient)
+    return torch.where(divergence > target * 1.5, coefficient * 2, smaller).clamp(1e-10, 1e10)
+
 
 class PPO(OnPolicyActorCritic):
     """The agent; see the module's docstring, and `OnPolicyActorCritic` for arguments."""
@@ -126,14 +165,34 @@ class PPO(OnPolicyActorCritic):
             observation_space, action_space, config, num_envs=num_envs, device=device, seed=seed
         )
         self.surrogate = config.surrogate_loss()
+        if config.adapts_kl:
+            self.kl_coefficient = torch.tensor(config.kl_coefficient, device=self.device)
+            self.surrogate = partial(policy_gradient.kl_penalty, coefficient=self.kl_coefficient)
 
     def learn(self, experience: Experience, samples: Samples) -> dict[str, Tensor]:
         """Take several passes of minibatches."""
         metrics: list[dict[str, Tensor]] = []
         for index in self._passes(experience, metrics):
             metrics.append(self.step(experience.observation(index), samples.at(index)))
-        first = metrics[0]["ratio/largest_deviation"]
-        return mean_metrics(metrics) | {"ratio/first_deviation": first}
+        means = mean_metrics(metrics)
+        if self.config.adapts_kl:
+            means |= self._adapt(experience, samples)
+        return means
+
+    @torch.no_grad()
+    def _adapt(self, experience: Experience, samples: Samples) -> dict[str, Tensor]:
+        """Adapt the penalty's coefficient to how far this update has gone (PPO's paper, section 4)."""
+        log_ratio = torch.cat([
+            self.network(experience.observation(index))[0].log_prob(samples.at(index).action)
+            - samples.at(index).log_prob
+            for index in self.minibatches(experience)
+        ])  # fmt: skip
+        divergence = policy_gradient.kl_estimate(log_ratio).mean()
+        adapted = adapted_coefficient(
+            self.kl_coefficient, divergence, target=self.config.adaptive_kl_target
+        )
+        self.kl_coefficient.copy_(adapted)
+        return {"policy/kl_coefficient": adapted, "policy/kl_of_update": divergence}
 
     def _passes(self, experience: Experience, metrics: list[dict[str, Tensor]]) -> Iterator[Tensor]:
         """Yield every pass's minibatches, until the policy is too far from the one that acted."""
@@ -151,7 +210,8 @@ class PPO(OnPolicyActorCritic):
         config = self.config
         policy, value = self.network(observation)
         log_ratio = policy.log_prob(sample.action) - sample.log_prob
-        advantage = normalized(sample.advantage) if config.normalize_advantage else sample.advantage
+        credit = sample.advantage if config.baseline else sample.target
+        advantage = normalized(credit) if config.normalize_advantage else credit
         policy_loss = self.surrogate(log_ratio, advantage).mean()
         entropy = policy.entropy().mean()
         critic_loss, metrics = self.critic_loss(observation, policy, value, sample.target)
@@ -163,3 +223,14 @@ class PPO(OnPolicyActorCritic):
             "gradient_norm/policy": norm,
             **policy_gradient.ratio_metrics(log_ratio, clip=config.clip),
         }
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what the skeleton does, and the coefficient that adapts."""
+        own = {"kl_coefficient": self.kl_coefficient.clone()} if self.config.adapts_kl else {}
+        return super().extra_state() | own
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `extra_state` returned."""
+        super().load_extra_state(state)
+        if self.config.adapts_kl:
+            self.kl_coefficient.copy_(state["kl_coefficient"])

@@ -1,7 +1,10 @@
 """Action distributions against `torch.distributions`."""
 
+import math
+
+import pytest
 import torch
-from torch.distributions import Normal, TransformedDistribution
+from torch.distributions import Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
 from agents.core.distributions import (
@@ -9,6 +12,7 @@ from agents.core.distributions import (
     Gaussian,
     bound_log_std,
     clipped_gaussian,
+    kl,
     squashed_gaussian,
 )
 
@@ -85,3 +89,34 @@ def test_draws_have_their_distributions_moments_and_repeat_with_the_generator():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(100_000, 3)
     counts = Categorical(logits).sample(torch.Generator().manual_seed(0)).bincount() / 100_000
     torch.testing.assert_close(counts, logits[0].softmax(-1), atol=0.01, rtol=0)
+
+
+def test_kl_equals_torch_distributions_and_is_zero_at_itself():
+    torch.manual_seed(0)
+    means, spreads = torch.randn(2, 5, 3), torch.randn(2, 3)
+    ours = [Gaussian(mean, log_std) for mean, log_std in zip(means, spreads, strict=True)]
+    theirs = [Normal(g.mean, g.log_std.exp().expand(5, 3)) for g in ours]
+    torch.testing.assert_close(kl(*ours), kl_divergence(*theirs).sum(-1))
+    assert (kl(ours[0], ours[0]) == 0).all()
+    choices = [Categorical(logits) for logits in torch.randn(2, 5, 4)]
+    reference = [torch.distributions.Categorical(logits=c.logits) for c in choices]
+    torch.testing.assert_close(kl(*choices), kl_divergence(*reference))
+    assert (kl(choices[1], choices[1]) == 0).all()
+
+
+def test_the_kl_of_spreads_that_hardly_differ_keeps_its_digits():
+    """exp(2x) - 1 - 2x in single precision would be a multiple of 1e-7."""
+    for x in (1e-2, 1e-3, 1e-4):
+        old, new = (Gaussian(torch.zeros(1, 1), torch.tensor([s])) for s in (0.0, -x))
+        assert kl(old, new).item() == pytest.approx(0.5 * (math.expm1(2 * x) - 2 * x), rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", [Gaussian, Categorical])
+def test_what_is_unpacked_equals_what_was_packed(kind):
+    torch.manual_seed(0)
+    head = torch.randn(6, 4)
+    policy = Gaussian(head, torch.randn(4)) if kind is Gaussian else Categorical(head)
+    again = kind.unpacked(policy.packed())
+    action = torch.randn(6, 4) if kind is Gaussian else torch.randint(4, (6,))
+    assert torch.equal(again.log_prob(action), policy.log_prob(action))
+    assert torch.equal(again.entropy(), policy.entropy())

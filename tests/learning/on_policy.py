@@ -19,9 +19,9 @@ SMALL = PPOConfig(
 
 def train(
     task, *, steps, seed=0, num_envs=8, observation="state", shuffle_rewards=False, size=24,
-    limits_are_ends=False, episode_length=None, **changes,
+    limits_are_ends=False, episode_length=None, build=PPO, base=SMALL, **changes,
 ):  # fmt: skip
-    """Train PPO for `steps` steps of all environments together; returns agent and metrics of each update.
+    """Train an agent for `steps` steps of all environments together; returns agent and metrics of each update.
 
     Args:
         task: an id.
@@ -33,14 +33,16 @@ def train(
         size: of the pictures.
         episode_length: steps until a time limit; None is the task's own.
         limits_are_ends: take time limits for terminations, as many implementations do.
+        build: the agent's class.
+        base: its config.
         **changes: fields of the config.
     """
-    config = dataclasses.replace(SMALL, **changes)
+    config = dataclasses.replace(base, **changes)
     vector = envs.make_vec(
         task, num_envs, size=size, seed=seed, observation=observation, episode_length=episode_length
     )
     spaces = vector.single_observation_space, vector.single_action_space
-    agent = PPO(*spaces, config, num_envs=num_envs, seed=seed)
+    agent = build(*spaces, config, num_envs=num_envs, seed=seed)
     rollout = Rollout(
         *spaces,
         length=config.rollout_length,
