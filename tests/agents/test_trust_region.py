@@ -1,5 +1,6 @@
 """Natural steps under a limit, against explicit matrices."""
 
+import itertools
 import math
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_conjugate_gradients_come_nearer_with_every_iteration():
         return (error @ matrix @ error).item()
 
     distances = [distance(iterations) for iterations in range(12)]
-    assert all(later < earlier for earlier, later in zip(distances, distances[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(distances))
 
 
 def test_nothing_happens_where_there_is_nothing_to_solve():

@@ -1,0 +1,68 @@
+"""On-policy runs that break stop with one line that says what broke, and exit code 1."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from envs.toy import Reach
+from experiments.session import Session
+from experiments.train import main
+from tests.experiments.helpers import arguments
+
+AGENTS = ("ppo", "trpo", "vmpo", "rebel", "reinforce")
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_a_reward_that_is_not_a_number_is_named_with_its_step(
+    agent: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, steps = Reach._advance, []
+
+    def advance(self: Reach, action: Any) -> Any:
+        reward, terminated, info = real(self, action)
+        steps.append(action)
+        return (math.nan if len(steps) == 40 else reward), terminated, info
+
+    monkeypatch.setattr(Reach, "_advance", advance)
+    words = arguments(agent, "toy/reach", tmp_path / "run", steps=200, observation="state")
+    assert main(words) == 1
+    line = last_line(capsys)
+    assert "'reward' is nan in environment 0 at agent step" in line
+    assert "the last checkpoint is kept" in line
+
+
+@pytest.mark.parametrize("env", ["toy/reach", "gym/CartPole-v1"])
+def test_a_log_ratio_that_is_not_finite_stops_the_run_by_name(
+    env: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One gradient step of absurd size; from the next on, nothing that the policy says is a number.
+
+    Without the check at the end of the update, the next action would be blamed, or torch's sampling raise.
+    """
+    monkeypatch.setattr(Session, "estimate", lambda self: "no estimate")
+    words = arguments(
+        "ppo", env, tmp_path / "run", steps=200, observation="state", learning_rate=1e37,
+        value_coefficient=0, threads=1,
+    )  # fmt: skip
+    assert main(words) == 1
+    line = last_line(capsys)
+    # A choice that has become impossible may show in the entropy first: 0 times -inf.
+    culprit = "a log-ratio" if env == "toy/reach" else "(a log-ratio|policy/entropy)"
+    assert re.match(f"error: {culprit} is not finite", line), line
+    assert re.search(r"in gradient step [1234] of 4 of an update", line), line
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")) == [], "none was written"
