@@ -53,6 +53,15 @@ def test_chunks_of_actions_resume_exactly(agent: str, tmp_path: Path) -> None:
     check_resume(agent, "toy/reach", tmp_path, half=24, episode_length=25, action_chunk=3)
 
 
+def test_a_penalty_that_adapts_resumes_exactly(tmp_path: Path) -> None:
+    flags = {"surrogate": "kl_penalty", "adaptive_kl_target": 0.01, "kl_coefficient": 0.1}
+    check_resume("ppo", "toy/reach", tmp_path, half=24, episode_length=9, **flags)
+    coefficients = [
+        v for _, tag, v in metrics(tmp_path / "parts") if tag == "policy/kl_coefficient"
+    ]
+    assert coefficients[-1] != 0.1, "it must have adapted"
+
+
 @pytest.mark.parametrize("env", TASKS)
 def test_simulators_resume_exactly_in_mid_episode(env: str, tmp_path: Path) -> None:
     check_resume("sgqn", env, tmp_path, half=16, random_steps=4, action_repeat=2, episode_length=12)
