@@ -1,9 +1,9 @@
 """REBEL for control: regress relative rewards (Gao et al. 2024, https://arxiv.org/abs/2404.16767).
 
-REBEL draws two answers y, y' to one prompt x and regresses the difference of their log-ratios on that of their rewards
-(its eq. 6): ((log r(y) - log r(y')) / eta - (R(y) - R(y')))^2. Where it fits exactly, the new policy is the mirror
-descent step pi_new = pi_old exp(eta R) / Z(x): the normalizer Z, which nobody knows, is the same for both answers and
-cancels. No clip and no ratio is needed, and no step beyond what `eta` asks for is rewarded.
+REBEL draws two answers y, y' to one prompt x and regresses the difference of their log-ratios on that of their
+rewards: ((log r(y) - log r(y')) / eta - (R(y) - R(y')))^2. Where it fits exactly, the new policy is the mirror descent
+step pi_new = pi_old exp(eta R) / Z(x): the normalizer Z, which nobody knows, is the same for both answers and cancels.
+No clip and no ratio is needed, and no step beyond what `eta` asks for is rewarded.
 
 **Difference from the paper.** A rollout shows one action in every state, and its reward is an advantage A(s, a), so
 there are no pairs of one state; two honest forms are left (`pairs`):

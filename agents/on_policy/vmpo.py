@@ -2,9 +2,9 @@
 
 A batch's better half is imitated, weighted by softmax(advantage / temperature) (eqs. 3-4), while the policy stays
 within a KL(old || new) of the one that acted (eq. 5). Temperature and the KL's multiplier solve their duals by gradient
-steps of their own and are kept positive by projection. For Gaussians the KL is split (section 4.1 and appendix): how
-far the means went at the old spread, and how far the spreads went at the old means, each with its own limit and
-multiplier, so that learning a mean quickly does not cost the exploration.
+steps of their own and are kept positive by projection. For Gaussians the KL is split: how far the means went at the
+old spread, and how far the spreads went at the old means, each with its own limit and multiplier, so that learning a
+mean quickly does not cost the exploration.
 
 Differences from the paper:
 - The network that acts stays for one rollout, and all gradient steps until the next one (the paper's T_target) are
@@ -41,7 +41,7 @@ from agents.on_policy.actor_critic import (
 )
 
 SMALLEST = 1e-8
-"""Below this no dual falls (V-MPO, section 4)."""
+"""Below this no dual falls (the paper's projection)."""
 
 CLIP = 0.2
 """PPO's, for `ratio/outside` alone: V-MPO clips nothing."""
@@ -106,7 +106,7 @@ def divergences(old: Policy, new: Policy) -> dict[str, Tensor]:
     """Return what V-MPO bounds, by name, [B] each: the KL(old || new), of Gaussians in its two parts.
 
     The parts are the KL to a policy that has the new means and the old spreads, and to one with the old means and the
-    new spreads (Abdolmaleki et al. 2018, https://arxiv.org/abs/1812.02256, section 4.2.1).
+    new spreads (Abdolmaleki et al. 2018, https://arxiv.org/abs/1812.02256).
     """
     if isinstance(old, Gaussian) and isinstance(new, Gaussian):
         return {
