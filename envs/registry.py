@@ -191,7 +191,7 @@ METAWORLD_TASKS = """
 """.split()
 """Meta-World 3.0.0."""
 
-TOY_TASKS = ("balance", "catch", "reach")
+TOY_TASKS = ("balance", "catch", "reach", "recall")
 
 _GYMNASIUM = "envs.gymnasium_tasks:GymnasiumTask"
 _SKY_AND_FLOOR: frozenset[Part] = frozenset({"sky", "floor"})

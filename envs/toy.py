@@ -10,6 +10,9 @@ Mean undiscounted returns over 2000 episodes, for the thresholds of learning tes
 | reach   | Box 2, place | 25    | 12.7   | 14.1        | 23.9        |                  |
 | balance | Box 1, force | 40    | 5.9    | 5.9         | 38.3        | 16.5             |
 | catch   | Discrete 3   | <= 60 | 0.4    | 0.6 (stay)  | 6.0         |                  |
+| recall  | Discrete 2   | 12    | 2.5    | 2.5 (left)  | 5.0         |                  |
+
+No policy of what a picture or a stack of seven shows has more than 2.5 in recall.
 """
 
 from __future__ import annotations
@@ -216,5 +219,49 @@ class Catch(ToyTask):
         ]
 
 
-TASKS: dict[str, type[ToyTask]] = {"reach": Reach, "balance": Balance, "catch": Catch}
+class Recall(ToyTask):
+    """A mark stands on one side while an episode begins, and is asked for when it is long gone.
+
+    Actions: left, right. As soon as the ball lies on the floor, every answer that names the mark's side pays 1; those
+    before pay nothing. State: the mark's place (0 when it is gone), and 1 when an answer is asked for. Neither depends
+    on what was done, so that nothing but a memory brings the side to where it is needed.
+    """
+
+    default_episode_length = 12
+    observation_space = gymnasium.spaces.Box(
+        np.array((-1, 0), np.float32), np.array((1, 1), np.float32)
+    )
+    action_space = gymnasium.spaces.Discrete(2)
+    delay = 7  # steps until the first answer
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the next action is an answer."""
+        return self._steps >= self.delay
+
+    def _begin(self) -> np.ndarray:
+        return self.np_random.uniform(0.4, 0.8, 1) * self.np_random.choice((-1, 1))
+
+    def _observation(self) -> np.ndarray:
+        place = 0.0 if self._steps else float(self._scene[0])
+        return np.array((place, self.is_asked), np.float32)
+
+    def _advance(self, action: int) -> tuple[float, bool, dict[str, Any]]:
+        was_asked = self._steps > self.delay  # the step that is being taken is counted already
+        is_right = bool(int(action)) == bool(self._scene[0] > 0)
+        return float(was_asked and is_right), False, {}
+
+    def bodies(self) -> list[Body]:
+        """Return the mark, as long as it is there, and the ball."""
+        mark = Body("box", float(self._scene[0]), 0.0, 0.6, 0.6, is_target=True)
+        ball = Body("disc", 0, -0.6 if self.is_asked else 0.6, 0.5, 0.5)
+        return [ball] if self._steps else [mark, ball]
+
+
+TASKS: dict[str, type[ToyTask]] = {
+    "reach": Reach,
+    "balance": Balance,
+    "catch": Catch,
+    "recall": Recall,
+}
 """The toy tasks by the name that follows `toy/`."""

@@ -23,6 +23,7 @@ IDS = (
     "gym/CartPole-v1",
     "toy/reach",
     "toy/catch",
+    "toy/recall",
 )
 slow = pytest.mark.slow
 MORE = [pytest.param(id, marks=slow) for id in ("dmc/quadruped-walk", "gym/Taxi-v4", "toy/balance")]

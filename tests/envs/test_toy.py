@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.toy import TASKS, Balance, Catch, Reach, ToyTask
+from envs.toy import TASKS, Balance, Catch, Reach, Recall, ToyTask
 from envs.toy_view import TARGET
 from wrappers.errors import UserError
 
@@ -37,6 +37,8 @@ def mean_return(task: type[ToyTask], policy: Policy, episodes: int) -> float:
         (Catch, lambda s, rng: rng.integers(3), 0.4),
         (Catch, lambda s, rng: 1, 0.6),
         (Catch, lambda s, rng: 1 + np.sign(np.trunc((s[1] - s[0]) / 0.13)), 6.0),
+        (Recall, lambda s, rng: rng.integers(2), 2.5),
+        (Recall, lambda s, rng: 0, 2.5),
     ],
 )
 def test_documented_returns(task: type[ToyTask], policy: Policy, documented: float) -> None:
@@ -47,6 +49,29 @@ def test_balance_cannot_be_solved_from_the_position_alone() -> None:
     gains = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2, 4, 16)
     blind = max(mean_return(Balance, lambda s, rng, k=k: [-k * s[0]], 150) for k in gains)
     assert blind == pytest.approx(16.5, abs=1.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recall_pays_for_what_was_seen_first_and_shows_it_once(seed: int) -> None:
+    env = Recall()
+    state, _ = env.reset(seed=seed)
+    side, right, wrong = state[0], int(state[0] > 0), int(state[0] < 0)
+    assert 0.4 <= abs(side) <= 0.8
+    shown, rewards, later = env.render(), [], []
+    for step in range(12):
+        asked = state[1]
+        state, reward, terminated, truncated, _ = env.step(right if step != 9 else wrong)
+        rewards.append((asked, reward))
+        later.append((state[0], env.render()))
+        assert (terminated, truncated) == (False, step == 11)
+    assert rewards == [(0, 0)] * 7 + [(1, 1)] * 2 + [(1, 0)] + [(1, 1)] * 2
+    assert all(side == 0 for side, _ in later)
+    other = Recall()
+    other.reset(seed=next(s for s in range(20) if Recall().reset(seed=s)[0][0] * side < 0))
+    assert (other.render() != shown).any(), "the picture shows the side"
+    for _, picture in later:
+        other.step(0)
+        assert (other.render() == picture).all(), "and nothing of it is left"
 
 
 def test_ends_are_told_apart() -> None:
