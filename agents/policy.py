@@ -1,4 +1,7 @@
-"""A trained policy as a function: `Policy.load(run).act(observation)`; no environment, loop or logger needed."""
+"""A trained policy as a function: `Policy.load(run).act(observation)`; no environment, loop or logger needed.
+
+A policy with a memory is told where episodes begin: `policy.begin()` before the first observation of each.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,46 @@ REQUIRED = {"agent", "env", "vector", "train", "configs", "device"}
 """What every run's config.json holds."""
 
 
-class Policy:
+class Actor:
+    """An agent that acts greedily, and remembers what has to be remembered of the episodes that are going on.
+
+    Attributes:
+        agent: the agent behind it.
+        device: where it acts.
+        state: what the agent is given with the next observations; see `Agent.act`.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.device = next(next(iter(agent.networks().values())).parameters()).device
+        self.state: Any = None
+
+    def begin(self, begins: np.ndarray | None = None) -> None:
+        """Forget the episodes before.
+
+        Args:
+            begins: bool [N], whose next observation is the first of an episode; None for everybody's.
+        """
+        self.state = None if begins is None else self.agent.reset_state(self.state, begins)
+
+    def act(self, observation: Any) -> np.ndarray:
+        """Return the greedy actions for a batch of observations as the environments gave them.
+
+        Raises:
+            UserError: there are more or fewer than those that are remembered.
+        """
+        batch = as_observation(observation, self.device)
+        count = len(next(iter(batch.values())))
+        if isinstance(self.state, torch.Tensor) and len(self.state) != count:
+            raise UserError(
+                f"{count} observations are given to a policy that remembers {len(self.state)} episodes; "
+                "call its begin() before the first observation of new ones"
+            )
+        action, self.state, _ = self.agent.act(batch, self.state, explore=False)
+        return action
+
+
+class Policy(Actor):
     """An agent that only acts.
 
     Attributes:
@@ -37,16 +79,16 @@ class Policy:
         checkpoint: name of the checkpoint that was loaded.
         progress: agent steps, environment frames and gradient updates behind that checkpoint.
         device: where it acts.
+        state: what it remembers of the episodes that are going on; see `begin`.
     """
 
     def __init__(
         self, agent: Agent, config: dict[str, Any], checkpoint: str, progress: dict[str, int]
     ) -> None:
-        self.agent = agent
+        super().__init__(agent)
         self.config = config
         self.checkpoint = checkpoint
         self.progress = progress
-        self.device = next(next(iter(agent.networks().values())).parameters()).device
 
     @classmethod
     def load(
@@ -132,6 +174,8 @@ class Policy:
     def act(self, observation: Any) -> np.ndarray:
         """Return the greedy action for one observation, or actions for a batch of them.
 
+        One with a memory takes them for the next ones of the same episodes; see `begin`.
+
         Args:
             observation: as the environment gave it: uint8 [3*k, H, W], float [D] or a Dict; or a batch.
         """
@@ -142,12 +186,11 @@ class Policy:
         )
         if single:
             arrays = {key: array[None] for key, array in arrays.items()}
-        batch = as_observation(arrays[""] if "" in arrays else arrays, self.device)
-        action, _, _ = self.agent.act(batch, explore=False)
+        action = super().act(arrays[""] if "" in arrays else arrays)
         return action[0] if single else action
 
     def saliency(self, observation: Any, action: np.ndarray) -> np.ndarray | None:
-        """Return where the agent looks in the newest frame of a batch of observations.
+        """Return where the agent looks in the newest frame of a batch of observations, whatever it remembers.
 
         Args:
             observation: a batch of observations as the environment gave them.

@@ -107,15 +107,14 @@ def collect(root: Path, given: dict[str, Any]) -> list[float]:
     settings, about, make_act = source(given)
     with closing(envs.make(**settings)) as env:
         env.action_space.seed(given["seed"])
-        act = make_act(env)
-        episodes = (play(env, act, seed) for seed in seeds)
+        episodes = (play(env, make_act(env), seed) for seed in seeds)
         return write(root, given["dataset"], env, about, episodes, len(seeds))
 
 
 def source(
     given: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any], Callable[[envs.Environment], Act]]:
-    """Return the environment's settings, what is remembered of the source, and how an environment is acted in."""
+    """Return the environment's settings, what is remembered of the source, and what acts in one episode."""
     about: dict[str, Any] = {"seed": given["seed"], "commit": git_commit()}
     if given["run"]:
         imports = import_for_run(read_config(given["run"]), given["imports"], folder=given["run"])
@@ -124,7 +123,12 @@ def source(
         )
         about |= {"source": "run", "run": str(given["run"]), "checkpoint": policy.checkpoint}
         settings = changed(policy.config["env"], given, OF_A_RUN, "--run")
-        return settings, about | {"imports": imports}, lambda env: lambda seen, _: policy.act(seen)
+
+        def of_the_run(env: envs.Environment) -> Act:
+            policy.begin()
+            return lambda seen, _: policy.act(seen)
+
+        return settings, about | {"imports": imports}, of_the_run
     import_modules(given["imports"])
     settings = fill(Settings(given["env"]), _task_flags(given)).resolved().as_dict()
     about["imports"] = given["imports"]

@@ -265,9 +265,8 @@ def _episodes(
         keywords["record"] = False
         return run_episodes(act, vector, episodes, seed=children["evaluation"], **keywords)
     look = None if policy.config["env"]["observation"] == "state" else policy.saliency
-    return run_episodes(
-        policy.act, vector, episodes, seed=children["evaluation"], look=look, **keywords
-    )
+    keywords |= {"look": look, "begin": policy.begin}
+    return run_episodes(policy.act, vector, episodes, seed=children["evaluation"], **keywords)
 
 
 def _row(seen: Episodes) -> dict[str, Any]:

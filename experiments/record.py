@@ -144,6 +144,7 @@ def speed(env: envs.Environment) -> float:
 def episode(policy: Policy, env: envs.Environment, seed: int) -> Iterator[Moment]:
     """Yield an episode's moments, from the reset to the last observation, acting greedily."""
     observation, info = env.reset(seed=seed)
+    policy.begin()
     step, reward, total, ended, success = 0, 0.0, 0.0, False, False
     while True:
         success = success or bool(info.get("success", 0.0))

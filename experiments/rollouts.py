@@ -19,6 +19,9 @@ ActFunction = Callable[[Any], np.ndarray]
 LookFunction = Callable[[Any, np.ndarray], np.ndarray | None]
 """From a batch of observations and actions to where the agent looks, float [B, H, W]; see `Policy.saliency`."""
 
+BeginFunction = Callable[[np.ndarray], None]
+"""Told bool [N]: whose next observation is the first of an episode; see `Policy.begin`."""
+
 LOOK_EVERY = 10
 """Agent steps between two looks that are scored: neighbors are nearly the same picture."""
 
@@ -55,6 +58,7 @@ def run_episodes(
     seed: int,
     record: bool = False,
     look: LookFunction | None = None,
+    begin: BeginFunction = lambda begins: None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Episodes:
     """Run `episodes` episodes from a seeded reset.
@@ -69,6 +73,7 @@ def run_episodes(
         seed: of the reset.
         record: keep the first environment's first episode as frames.
         look: where the agent looks, to be scored against the foreground at every tenth step of an episode.
+        begin: where episodes begin, for policies with a memory.
         progress: called with the number of episodes that ended.
 
     Raises:
@@ -78,6 +83,7 @@ def run_episodes(
     quota = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
     result, recording = Episodes(), record
     observation, _ = envs.reset(seed=seed)
+    begin(np.ones(n, bool))
     succeeded = np.zeros(
         n
     )  # a success at any moment of an episode counts, as in Meta-World's evaluation
@@ -93,11 +99,12 @@ def run_episodes(
         step += 1
         observation, reward, _, _, info = envs.step(action)
         _check_finite({"reward": reward, **_parts(observation)}, step)
+        ended = info.get("_episode", np.zeros(n, bool))
+        begin(ended | info.get("dropped", False))
         if "episode" not in info:
             succeeded = np.maximum(succeeded, info.get("success", 0.0))
             continue
         final = info["final_info"]
-        ended = info["_episode"]
         now = np.where(ended, final.get("success", 0.0), info.get("success", 0.0))
         succeeded = np.maximum(succeeded, now)
         for i in np.flatnonzero(ended):

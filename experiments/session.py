@@ -31,7 +31,7 @@ from agents.core.replay import Replay
 from agents.core.rollout import Rollout
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import from_dict
-from agents.policy import run_identity, space_to_json
+from agents.policy import Actor, run_identity, space_to_json
 from agents.registry import find
 from experiments.estimates import check_batch, random_batch, random_rollout, seconds_per_call
 from experiments.evaluate import enlarge
@@ -142,17 +142,15 @@ class Session:
                 **keywords,
             )
         device = self.config["device"]
-
-        def act(observation: Any) -> np.ndarray:
-            return self.agent.act(as_observation(observation, device), explore=False)[0]
-
+        actor = Actor(self.agent)
         has_pixels = self.config["env"]["observation"] != "state"
         seen = run_episodes(
-            act, self._evaluation_envs, episodes, seed=self.evaluation_seed, record=has_pixels
-        )
+            actor.act, self._evaluation_envs, episodes, seed=self.evaluation_seed,
+            record=has_pixels, begin=actor.begin,
+        )  # fmt: skip
         if seen.observations:
             observation = as_observation(seen.observations[len(seen.observations) // 2], device)
-            action = torch.as_tensor(act(seen.observations[len(seen.observations) // 2]))
+            action = torch.as_tensor(self.agent.act(observation, explore=False)[0])
             pictures = self.agent.images(observation, action.to(device))
             self.logger.images({f"images/{k}": v for k, v in pictures.items()}, progress)
             video = enlarge(np.stack(seen.frames[:250]), side=128)

@@ -18,7 +18,9 @@ from agents.core.errors import UserError
 from agents.core.fields import Field
 
 Observation = Mapping[str, Tensor]
-"""`pixels` uint8 [B, 3*k, H, W] (RGB of the oldest frame first) and / or `state` float32 [B, D]."""
+"""`pixels` uint8 [B, 3*k, H, W] (RGB of the oldest frame first) and / or `state` float32 [B, D].
+
+Of the rollout of an agent with a memory also `memory` and `lengths`, see `rollout.Experience.observation`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,20 @@ class Agent(ABC):
     @abstractmethod
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimisers to save, by name."""
+
+    def reset_state(self, state: Any, begins: np.ndarray) -> Any:
+        """Return what `act` is to be given as its state when some episodes begin.
+
+        Agents whose state is more than a tensor that is 0 at an episode's start override this.
+
+        Args:
+            state: what `act` returned, [B, ...]; None where it keeps none, or before its first call.
+            begins: bool [B], whose next observation is the first of an episode.
+        """
+        if state is None or not begins.any():
+            return state
+        mask = torch.as_tensor(begins, device=state.device)
+        return state.masked_fill(mask.view(-1, *[1] * (state.ndim - 1)), 0)
 
     def set_progress(self, agent_steps: int) -> None:  # noqa: B027 - most agents have no schedule
         """Tell schedules how far training is; called by the loop before it acts."""

@@ -63,7 +63,9 @@ class OffPolicyLoop(TrainingLoop):
             action = self.random.uniform(-1, 1, shape).astype(np.float32)
         else:
             observation = as_observation(self.observation, self.device)
-            action = self.agent.act(observation, explore=True)[0]
+            action, self.agent_state, _ = self.agent.act(
+                observation, self.agent_state, explore=True
+            )
         return Choice(action, sent=action)
 
     def learn_meanwhile(self) -> None:
@@ -93,7 +95,9 @@ class OnPolicyLoop(TrainingLoop):
         """Act as the agent explores; what leaves the range of the actions is cut off on the way only."""
         self.agent.set_progress(self.state.progress.agent_steps)
         observation = as_observation(self.observation, self.device)
-        action, _, extras = self.agent.act(observation, explore=True)
+        action, self.agent_state, extras = self.agent.act(
+            observation, self.agent_state, explore=True
+        )
         space = self.envs.action_space
         is_bounded = isinstance(space, gym.spaces.Box)
         sent = np.clip(action, space.low, space.high) if is_bounded else action  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,43 @@ class Experience:
 
         Args:
             index: int64 [M] on the CPU, numbers of steps in the flattened [T, N].
+
+        Returns:
+            `pixels` and / or `state`. Where steps have an extra field `memory` (what the agent remembered before each),
+            the index is cut into stretches, the neighbors that follow one another in one environment's episode:
+            `lengths`, int64 [S] on the CPU, are their steps, and `memory` [S, ...] is that of the first of each.
         """
-        return self.rollout.observe(index, ahead=0)
+        seen = self.rollout.observe(index, ahead=0)
+        if "memory" not in self.extras:
+            return seen
+        first = torch.ones(len(index), dtype=torch.bool)
+        follows = index[1:] == index[:-1] + self.action.shape[1]
+        first[1:] = ~follows | self._begins[index[1:]]
+        starts = first.nonzero()[:, 0]
+        lengths = torch.diff(starts, append=torch.tensor([len(index)]))
+        return seen | {"memory": self._read("memory", index[starts]), "lengths": lengths}
 
     def next_observation(self, index: Tensor) -> dict[str, Tensor]:
-        """Return what was seen after steps, at an episode's end its own last observation."""
-        return self.rollout.observe(index, ahead=1)
+        """Return what was seen after steps, at an episode's end its own last observation.
+
+        Where steps have an extra field `next_memory`, that is the `memory` with which each is seen.
+        """
+        seen = self.rollout.observe(index, ahead=1)
+        if "next_memory" not in self.extras:
+            return seen
+        memory = self._read("next_memory", index)
+        return seen | {"memory": memory, "lengths": torch.ones(len(index), dtype=torch.int64)}
+
+    @cached_property
+    def _begins(self) -> Tensor:
+        """Whether an episode begins with a step, bool [T * N] on the CPU; the first steps are not told apart."""
+        begins = torch.zeros_like(self.kept, device="cpu")
+        begins[1:] = (self.terminated | self.truncated | ~self.kept)[:-1].cpu()
+        return begins.flatten()
+
+    def _read(self, name: str, index: Tensor) -> Tensor:
+        values = self.extras[name].flatten(0, 1)
+        return values[index.to(values.device)]
 
     def next_values(self, value: Tensor, evaluate: Evaluate) -> Tensor:
         """Return the values of what followed every step, [T, N]; 0 after terminations.
@@ -86,6 +118,25 @@ class Experience:
         shuffled = generator.permutation(index)
         for part in np.array_split(shuffled, max(1, round(len(shuffled) / size))):
             yield torch.from_numpy(part)
+
+    def sequences(self, size: int, length: int, generator: np.random.Generator) -> Iterator[Tensor]:
+        """Yield step numbers as `minibatches` does, of whole chunks of consecutive steps in shuffled order.
+
+        Args:
+            size: steps in a minibatch, about; one chunk at least.
+            length: steps of a chunk; the last ones of a rollout may be shorter.
+            generator: who shuffles.
+        """
+        kept = self.kept.cpu().numpy()
+        steps, envs = kept.shape
+        number = np.arange(kept.size).reshape(kept.shape)
+        stretches = [
+            (slice(t, t + length), env) for env in range(envs) for t in range(0, steps, length)
+        ]
+        chunks = [chunk for place in stretches if len(chunk := number[place][kept[place]])]
+        count = min(len(chunks), max(1, round(kept.sum() / size)))
+        for part in np.array_split(generator.permutation(len(chunks)), count):
+            yield torch.from_numpy(np.concatenate([chunks[i] for i in part]))
 
 
 class Rollout(Replay):
@@ -148,6 +199,12 @@ class Rollout(Replay):
         self._ids: list[np.ndarray] = []  # int64 [N] of every step, -1 where dropped
         self._cut: list[np.ndarray] = []  # bool [N]
         self._flat: np.ndarray | None = None  # all of the ids, once they are asked for
+
+    def start(self, observation: Any) -> None:
+        """Begin a new episode in every environment; in mid-rollout, those that were going on are cut off."""
+        if self._cut:
+            self._cut[-1] |= self._ids[-1] >= 0
+        super().start(observation)
 
     def add(
         self,

@@ -143,6 +143,7 @@ class TrainingLoop(ABC):
         self.random = np.random.default_rng(seed)
         self.seed = seed
         self.observation: Any = None
+        self.agent_state: Any = None  # what `act` is given next
         self._saved = -1  # agent steps of the newest checkpoint
         self.metrics: list[dict[str, Tensor]] = []
         self._returns: list[float] = []
@@ -166,6 +167,7 @@ class TrainingLoop(ABC):
         if self.settings.exact_resume and "environments" in parts:
             self.envs.set_state(parts["environments"])  # type: ignore[attr-defined]
             self.observation = parts["observation"]
+            self.set_memories(parts.get("memories", {}))
         else:  # other episodes than the earlier parts of the run began with
             self._reset(int(np.random.SeedSequence((self.seed, steps)).generate_state(1)[0]))
 
@@ -181,6 +183,7 @@ class TrainingLoop(ABC):
 
     def _reset(self, seed: int) -> None:
         self.observation, _ = self.envs.reset(seed=seed)
+        self.set_memories({})
         with self._names_the_step():
             self.replay.start(self.observation)
 
@@ -272,8 +275,23 @@ class TrainingLoop(ABC):
         if environments and self.settings.exact_resume:
             parts["environments"] = self.envs.get_state()  # type: ignore[attr-defined]
             parts["observation"] = self.observation
+            if memories := self.get_memories():
+                parts["memories"] = memories
         self.checkpoints.save(self.state.progress.agent_steps, parts, self.replay)
         self._saved = self.state.progress.agent_steps
+
+    def get_memories(self) -> dict[str, Tensor]:
+        """Return by name what those who act remember of the episodes that are going on; nothing where they do not."""
+        return {} if self.agent_state is None else {"agent": self.agent_state}
+
+    def set_memories(self, memories: Mapping[str, Tensor]) -> None:
+        """Restore what `get_memories` returned; nothing where all episodes begin."""
+        state = memories.get("agent")
+        self.agent_state = None if state is None else state.to(self.device)
+
+    def begin_episodes(self, begins: np.ndarray) -> None:
+        """Forget the episodes before, where bool [N] says that new ones begin."""
+        self.agent_state = self.agent.reset_state(self.agent_state, begins)
 
     @abstractmethod
     def choose(self) -> Choice:
@@ -312,6 +330,8 @@ class TrainingLoop(ABC):
             )  # fmt: skip
         self.state.dropped += 0 if dropped is None else int(np.sum(dropped))
         self.observation = observation
+        ended = np.asarray(terminated | truncated)
+        self.begin_episodes(ended if dropped is None else ended | dropped)
         progress.agent_steps += self.envs.num_envs
         progress.env_frames += self.envs.num_envs * self.action_repeat
         if "episode" in info:

@@ -8,6 +8,9 @@ Differences from common implementations:
   left out.
 - Observations and rewards are normalized inside the agent, with statistics that change only after an update: what acts
   and what learns see the same numbers, so the ratio is 1 at the first inner step.
+- `memory_size` gives every agent a recurrent memory: a GRU behind the encoder, beside which policy and value still
+  see what is there now. Chunks of steps go on from the memory that acting had (as in R2D2's stored states; Kapturowski
+  et al. 2019), and what follows a rollout or a time limit is valued with the memory at that point.
 - From pixels, actor and critic share an encoder (as in DrQ-v2's networks); `value_regularization` adds DrAC's term
   on shifted pictures (Raileanu et al. 2021, https://arxiv.org/abs/2006.12862, eqs. 4-5, policy and value).
 """
@@ -93,6 +96,10 @@ class OnPolicyConfig:
     """Convolutions over pixels; see `agents.core.encoders.ENCODERS`."""
     feature_dim: int = 50
     """Length of the projection behind the encoder (DrQ-v2)."""
+    memory_size: int = 0
+    """Units of a recurrent memory (a GRU) behind the encoder, which policy and value see too; 0 for none."""
+    sequence_length: int = 32
+    """Consecutive steps through which the memory learns; minibatches are made of such chunks (Sample Factory 32)."""
     value_regularization: float = 0.0
     """Weight of DrAC's term: policy and value of a shifted picture like those of the picture (DrAC .1)."""
     pad: int = 4
@@ -100,10 +107,11 @@ class OnPolicyConfig:
 
     RANGES: ClassVar[Ranges] = (
         ("rollout_length minibatch_size epochs feature_dim", at_least_one, "a positive number"),
+        ("sequence_length", at_least_one, "a positive number"),
         ("max_gradient_norm", positive, "a positive number"),
         ("learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
         ("discount gae_lambda", lambda value: 0 <= value <= 1, "a number in [0, 1]"),
-        ("value_coefficient value_regularization pad", not_negative, "0 or more"),
+        ("value_coefficient value_regularization pad memory_size", not_negative, "0 or more"),
         ("initial_log_std", math.isfinite, "a finite number"),
         ("hidden", lambda value: min(value, default=1) >= 1, "positive widths"),
     )
@@ -259,6 +267,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
                 feature_dim=config.feature_dim,
                 initial_log_std=config.initial_log_std,
                 normalize_observation=config.normalize_observation,
+                memory_size=config.memory_size,
             )
         self.network.to(self.device)
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
@@ -270,6 +279,8 @@ class OnPolicyActorCritic(OnPolicyAgent):
             is_discrete = isinstance(action_space, gym.spaces.Discrete)
             outputs = int(action_space.n) if is_discrete else 2 * math.prod(self.shape)  # type: ignore[union-attr]
             self.extras["policy"] = Field((outputs,))
+        if size := config.memory_size:
+            self.extras |= {"memory": Field((size,)), "next_memory": Field((size,))}
         self.rollout_length, self.gradient_updates = config.rollout_length, 0
         size = min(config.minibatch_size, config.rollout_length * num_envs)
         self.replay_settings = ReplaySettings(size, 1, config.discount)
@@ -278,21 +289,39 @@ class OnPolicyActorCritic(OnPolicyAgent):
     def act(
         self, observation: Observation, state: Any = None, *, explore: bool
     ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
-        """See `Agent.act`; what explores may leave [-1, 1]: environments get it clipped, the update as it was drawn."""
-        policy, value = self.network(observation)
+        """See `Agent.act`; what explores may leave [-1, 1]: environments get it clipped, the update as it was drawn.
+
+        The state is the memory, float32 [B, memory_size], where the agent has one.
+        """
+        seen = self.network.normalize(observation)
+        if self.config.memory_size and state is None:
+            state = torch.zeros(
+                len(next(iter(seen.values()))), self.config.memory_size, device=self.device
+            )
+        if state is not None:
+            seen["memory"] = state
+        features, memory = self.network.perceive(seen)
+        policy, value = self.network.decide(features)
         action = policy.sample(self.generator) if explore else self._mode(policy)
         extras = {"log_prob": policy.log_prob(action), "value": value}
         if self.keeps_policy:
             extras["policy"] = policy.packed()
+        if memory is not None:
+            extras |= {"memory": state, "next_memory": memory}
         return (
             action.unflatten(-1, self.shape).cpu().numpy() if self.shape else action.cpu().numpy(),
-            None,
+            memory,
             extras,
         )
 
     def greedy(self) -> GreedyPolicy:
         """See `Agent.greedy`."""
         network = self.network
+        if network.memory is not None:
+            raise UserError(
+                f"{type(self).__name__} has a memory (memory_size {network.memory.size}), and an exported policy keeps "
+                "none between its calls; export a run that was trained without"
+            )
 
         def act(features: Tensor) -> Tensor:
             return self._mode(network.distribution(network.trunk(features)))
@@ -360,8 +389,18 @@ class OnPolicyActorCritic(OnPolicyAgent):
         return self.distribution.unpacked(packed[index.to(packed.device)])
 
     def minibatches(self, experience: Experience, size: int | None = None) -> Iterator[Tensor]:
-        """Yield the step numbers of one pass's minibatches, of the config's size unless another is given."""
-        yield from experience.minibatches(size or self.config.minibatch_size, self.order)
+        """Yield the step numbers of one pass's minibatches; with a memory, chunks of consecutive steps.
+
+        Args:
+            experience: the rollout.
+            size: steps of each, about; None for the config's.
+        """
+        config = self.config
+        size = size or config.minibatch_size
+        if config.memory_size:
+            yield from experience.sequences(size, config.sequence_length, self.order)
+        else:
+            yield from experience.minibatches(size, self.order)
 
     def critic_loss(
         self,

@@ -15,6 +15,7 @@ from agents.core.distributions import Categorical, Gaussian
 from agents.core.encoders import EncoderName, PixelEncoder
 from agents.core.networks import Trunk
 from agents.core.normalizers import RunningMoments
+from agents.on_policy.memory import Memory
 
 
 class ActorValue(nn.Module):
@@ -28,6 +29,7 @@ class ActorValue(nn.Module):
         feature_dim: length of the projection behind the encoder.
         initial_log_std: of a continuous policy; one for each part of the action, whatever is seen.
         normalize_observation: bring states to mean 0 and spread 1.
+        memory_size: units of a recurrent memory, which policy and value see beside what is there now; 0 for none.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ActorValue(nn.Module):
         feature_dim: int,
         initial_log_std: float,
         normalize_observation: bool,
+        memory_size: int = 0,
     ) -> None:
         super().__init__()
         self.encoder: PixelEncoder | None = None
@@ -54,7 +57,8 @@ class ActorValue(nn.Module):
         self.trunk = Trunk(pixels, states, feature_dim)
         is_discrete = isinstance(action_space, gym.spaces.Discrete)
         parts = int(action_space.n) if is_discrete else math.prod(action_space.shape or ())  # type: ignore[attr-defined]
-        sizes = [self.trunk.out_features, *hidden]
+        self.memory = Memory(self.trunk.out_features, memory_size) if memory_size else None
+        sizes = [self.trunk.out_features + memory_size, *hidden]
         # Gains as in Stable-Baselines3: a policy that begins near its middle tries everything.
         self.actor = tanh_mlp([*sizes, parts], last_gain=0.01)
         self.critic = tanh_mlp([*sizes, 1], last_gain=1.0)
@@ -72,22 +76,37 @@ class ActorValue(nn.Module):
         return seen
 
     def forward(self, observation: Observation) -> tuple[Gaussian | Categorical, Tensor]:
-        """Return the policy's distribution and the values [B]."""
+        """Return the policy's distribution and the values [B].
+
+        With a memory, an observation also holds `memory` and `lengths` as `Memory` takes them; without these entries,
+        every step is an episode's first.
+        """
         return self.judge(self.normalize(observation))
 
     def judge(self, normalized: Observation) -> tuple[Gaussian | Categorical, Tensor]:
         """Return what `forward` does, of a normalized observation."""
+        return self.decide(self.perceive(normalized)[0])
+
+    def perceive(self, normalized: Observation) -> tuple[Tensor, Tensor | None]:
+        """Return what policy and value see of a normalized observation, and the memory after each step, if any."""
         parts = []
         if self.encoder is not None:
             parts.append(self.encoder(normalized["pixels"]))
         if "state" in normalized:
             parts.append(normalized["state"])
         projected = self.trunk(torch.cat(parts, dim=1))
-        return self.distribution(projected), self.critic(projected)[:, 0]
+        if self.memory is None:
+            return projected, None
+        memory = self.memory(projected, normalized.get("memory"), normalized.get("lengths"))
+        return torch.cat([projected, memory], dim=1), memory
 
-    def distribution(self, projected: Tensor) -> Gaussian | Categorical:
-        """Return the policy's distribution behind the trunk."""
-        head = self.actor(projected)
+    def decide(self, features: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+        """Return what `forward` does, of what `perceive` gives."""
+        return self.distribution(features), self.critic(features)[:, 0]
+
+    def distribution(self, features: Tensor) -> Gaussian | Categorical:
+        """Return the policy's distribution, of what `perceive` gives."""
+        head = self.actor(features)
         return Categorical(head) if self.log_std is None else Gaussian(head, self.log_std)
 
 

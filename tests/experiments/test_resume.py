@@ -62,6 +62,13 @@ def test_a_penalty_that_adapts_resumes_exactly(tmp_path: Path) -> None:
     assert coefficients[-1] != 0.1, "it must have adapted"
 
 
+def test_a_memory_resumes_exactly_in_mid_episode_and_mid_rollout(tmp_path: Path) -> None:
+    flags = {"memory_size": 4, "sequence_length": 3, "episode_length": 9}
+    check_resume("ppo", "toy/reach", tmp_path, half=26, **flags)
+    state = final_state(tmp_path / "parts")
+    assert state["memories"]["agent"].abs().sum() > 0
+
+
 @pytest.mark.parametrize("env", TASKS)
 def test_simulators_resume_exactly_in_mid_episode(env: str, tmp_path: Path) -> None:
     check_resume("sgqn", env, tmp_path, half=16, random_steps=4, action_repeat=2, episode_length=12)

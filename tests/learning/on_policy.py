@@ -55,11 +55,13 @@ def train(
     rollout.start(seen)
     past = [0.0]
     metrics = []
+    state = None
     for _ in range(steps // num_envs):
-        action, _, extras = agent.act(as_observation(seen, CPU), explore=True)
+        action, state, extras = agent.act(as_observation(seen, CPU), state, explore=True)
         space = vector.action_space
         done = np.clip(action, space.low, space.high) if hasattr(space, "low") else action
         seen, reward, terminated, truncated, info = vector.step(done)
+        state = agent.reset_state(state, terminated | truncated)
         past += reward.tolist()
         if shuffle_rewards:
             reward = np.array([past[random.integers(len(past))] for _ in reward])
@@ -75,13 +77,17 @@ def train(
     return agent, metrics
 
 
-def score(agent, task, *, observation="state", episodes=30, size=24, seed=1234):
-    """Return the mean greedy return of episodes from fixed states."""
+def score(
+    agent, task, *, observation="state", episodes=30, size=24, seed=1234, forgets=False
+):  # fmt: skip
+    """Return the mean greedy return of episodes from fixed states; who `forgets` loses the memory at every step."""
     vector = envs.make_vec(task, episodes, size=size, observation=observation)
     seen, _ = vector.reset(seed=seed)
     total, running = np.zeros(episodes), np.ones(episodes, bool)
+    state = None
     while running.any():
-        action = agent.act(as_observation(seen, CPU), explore=False)[0]
+        state = None if forgets else state
+        action, state, _ = agent.act(as_observation(seen, CPU), state, explore=False)
         seen, reward, terminated, truncated, _ = vector.step(action)
         total += reward * running
         running &= ~(terminated | truncated)

@@ -17,6 +17,13 @@ ONE_STEP = {"steps": 12288, "discount": 0.95, "episode_length": 1}
 """toy/balance in episodes of one step, which says nothing of what a force does to the ball: only the value of what
 follows does."""
 
+RECALL = {
+    "state": {
+        "steps": 12288, "minibatch_size": 256, "learning_rate": 3e-3, "entropy_coefficient": 0.02,
+    },
+    "pixels": {"steps": 8192, "observation": "pixels", "minibatch_size": 128, "epochs": 4},
+}  # fmt: skip
+
 
 def settings_of(surrogate):
     """REINFORCE with a value is A2C: one pass over short rollouts (Mnih et al. 2016)."""
@@ -59,6 +66,17 @@ def test_the_wrong_sign_does_not_learn(surrogate, monkeypatch):
     monkeypatch.setitem(ppo.SURROGATES, surrogate, wrong)
     agent, _ = train("toy/reach", surrogate=surrogate, **REACH)
     assert score(agent, "toy/reach") < NOT_LEARNED
+
+
+@pytest.mark.parametrize("observation", ["state", pytest.param("pixels", marks=pytest.mark.slow)])
+def test_what_is_gone_must_be_remembered(observation):
+    """At the seeds 0 to 3 from a state: 5.0, 4.0, 5.0 and 5.0 with a memory that is kept, 2.8 at most without."""
+    settings = RECALL[observation]
+    agent, _ = train("toy/recall", memory_size=32, **settings)
+    assert score(agent, "toy/recall", observation=observation) > 4.5
+    assert score(agent, "toy/recall", observation=observation, forgets=True) < 3.5
+    agent, _ = train("toy/recall", **settings)
+    assert score(agent, "toy/recall", observation=observation) < 3.5
 
 
 @pytest.mark.slow
