@@ -18,6 +18,7 @@ from agents import make_agent
 from agents.core.agent import Agent, OnPolicyAgent, as_observation
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
+from agents.core.fields import step_fields
 from agents.core.imports import recorded_imports
 from agents.core.logging import Logger, Progress
 from agents.core.loops import (
@@ -28,7 +29,7 @@ from agents.core.loops import (
     TrainingLoop,
 )
 from agents.core.replay import Replay
-from agents.core.rollout import Rollout
+from agents.core.rollout import TEACHER_ACTION, Rollout
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import from_dict
 from agents.policy import Actor, run_identity, space_to_json
@@ -38,6 +39,7 @@ from experiments.evaluate import enlarge
 from experiments.rollouts import evaluation_scalars, run_episodes
 from experiments.runs import write_json
 from experiments.settings import control_steps, read_loop
+from experiments.teachers import load_teacher
 
 
 class Session:
@@ -68,6 +70,10 @@ class Session:
         config = self.config
         space = self.envs.single_observation_space
         self.agent = self.make_agent(seeds["agent"])
+        self.teacher: Actor | None = None
+        if about := config.get("teacher"):
+            action_space = self.envs.single_action_space
+            self.teacher = load_teacher(about, space, action_space, config["device"])
         check_batch(self.agent.replay_settings.batch_size, space, config["device"])
         self.replay = make_store(
             config,
@@ -99,6 +105,8 @@ class Session:
             seed=seeds["exploration"],
             hooks=Hooks(evaluate=self.evaluate, render_seconds=self._render_seconds),
         )
+        if isinstance(self.loop, OnPolicyLoop):
+            self.loop.teacher = self.teacher
         if parts:
             self.loop.resume(parts)
         else:
@@ -293,7 +301,9 @@ def make_store(
         "frame_stack": config["env"]["frame_stack"],
     }
     if isinstance(agent, OnPolicyAgent):
-        length, extras = agent.rollout_length, agent.extras
+        length, extras = agent.rollout_length, dict(agent.extras)
+        if config.get("teacher"):
+            extras[TEACHER_ACTION] = step_fields(action_space)["action"]
         return Rollout(space, action_space, length=length, extras=extras, **shape, **where)
     capacity = config["train"]["replay_capacity"]
     return Replay(space, action_space, capacity=capacity, seed=seed, **shape, **where)

@@ -3,6 +3,7 @@
     python -m experiments.train --agent sgqn --env dmc/cartpole-swingup
     python -m experiments.train --agent drqv2 --env dmc/walker-walk --protocol drqv2 --device cuda
     python -m experiments.train --resume runs/dmc-cartpole-swingup/sgqn-seed1 --steps 60000
+    python -m experiments.train --agent ppo --env dmc/walker-walk --teacher runs/dmc-walker-walk/drqv2-seed1
     python -m experiments.train --import mypackage --agent mine --env mine/task
 
 Every field of the agent's config is a flag; `--help` shows those of the agent that `--agent` names. Values come from
@@ -51,6 +52,7 @@ from experiments.settings import (
     protocol_values,
     read_loop,
 )
+from experiments.teachers import new_teacher
 
 DEFAULT_AGENT, DEFAULT_ENV = "sgqn", "dmc/cartpole-swingup"
 RESUMABLE = (
@@ -88,6 +90,8 @@ def parser(agent: str) -> Parser:
     p.add_argument("--run-dir", type=Path, metavar="DIR",
                    help="where the run is kept [runs/<task>/<agent>-seed<seed>]")  # fmt: skip
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
+    p.add_argument("--teacher", type=Path, metavar="RUN|ZIP",
+                   help="learn from what this run's policy, or a zip of Stable-Baselines3, would do, too")  # fmt: skip
     p.add_argument("--replay-storage", default="auto", choices=("auto", "device", "ram", "mmap"),
                    help="where the replay lies; auto: device, else RAM, else a file [auto]")  # fmt: skip
     add_dataclass(
@@ -177,6 +181,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         "vector": to_dict(vector),
         "train": {**to_dict(loop), "num_envs": vector.num_envs, "seed": seed},
         "configs": {type(config).__name__: to_dict(config) for config in configs},
+        **new_teacher(given),
         "device": device,
         "threads": given["threads"],
         "replay_storage": given["replay_storage"],
@@ -209,6 +214,8 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     allowed = {"--resume", "--import", "--device", "--threads", "--no-exact-resume"} | {
         f"--{n.replace('_', '-')}" for n in RESUMABLE
     }
+    if "teacher" in config:  # it may have been moved
+        allowed |= {"--teacher"}
     for argument in argv:
         flag = argument.split("=")[0]
         if flag.startswith("--") and flag not in allowed:
@@ -220,6 +227,8 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
         config["device"] if given["device"] == "auto" else given["device"]
     )
     config["threads"] = given["threads"] or config.get("threads")
+    if given["teacher"]:
+        config["teacher"]["path"] = str(given["teacher"].resolve())
     config["train"] |= {name: given[name] for name in RESUMABLE if name in given}
     config["imports"] = list(dict.fromkeys([*recorded_imports(config), *given["imports"]]))
     return run, config

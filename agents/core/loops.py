@@ -8,14 +8,17 @@ random draw is the same with and without workers.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
+from torch import Tensor
 
 from agents.core.agent import OnPolicyAgent, as_observation
 from agents.core.errors import UserError
-from agents.core.rollout import Rollout
+from agents.core.rollout import TEACHER_ACTION, Rollout
 from agents.core.training import Choice, Hooks, LoopSettings, LoopState, TrainingLoop
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "OffPolicyLoop",
     "OffPolicySettings",
     "OnPolicyLoop",
+    "Teacher",
     "TrainingLoop",
 ]
 
@@ -85,11 +89,30 @@ class OffPolicyLoop(TrainingLoop):
             self.state.update_debt += self.settings.updates_per_step * self.envs.num_envs
 
 
+class Teacher(Protocol):
+    """Who says what it would do, as `agents.policy.Actor` does."""
+
+    state: Any
+
+    def act(self, observation: Any) -> np.ndarray:
+        """Return actions for a batch of observations as the environments gave them."""
+        ...
+
+    def begin(self, begins: np.ndarray | None = None) -> None:
+        """Forget the episodes before, where bool [N] says that new ones begin; all for None."""
+        ...
+
+
 class OnPolicyLoop(TrainingLoop):
-    """Learns from whole rollouts, one after the other."""
+    """Learns from whole rollouts, one after the other.
+
+    Attributes:
+        teacher: its actions are stored beside the agent's; to be set before the loop begins or resumes.
+    """
 
     agent: OnPolicyAgent
     replay: Rollout
+    teacher: Teacher | None = None
 
     def choose(self) -> Choice:
         """Act as the agent explores; what leaves the range of the actions is cut off on the way only."""
@@ -101,7 +124,29 @@ class OnPolicyLoop(TrainingLoop):
         space = self.envs.action_space
         is_bounded = isinstance(space, gym.spaces.Box)
         sent = np.clip(action, space.low, space.high) if is_bounded else action  # type: ignore[attr-defined]
-        return Choice(action, sent, {name: value.cpu() for name, value in extras.items()})
+        kept: dict[str, Any] = {name: value.cpu() for name, value in extras.items()}
+        if self.teacher is not None:
+            kept[TEACHER_ACTION] = self.teacher.act(self.observation)
+        return Choice(action, sent, kept)
+
+    def get_memories(self) -> dict[str, Tensor]:
+        """Return what agent and teacher remember."""
+        if self.teacher is None or self.teacher.state is None:
+            return super().get_memories()
+        return super().get_memories() | {"teacher": self.teacher.state}
+
+    def set_memories(self, memories: Mapping[str, Tensor]) -> None:
+        """Restore what agent and teacher remember."""
+        super().set_memories(memories)
+        if self.teacher is not None:
+            state = memories.get("teacher")
+            self.teacher.state = None if state is None else state.to(self.device)
+
+    def begin_episodes(self, begins: np.ndarray) -> None:
+        """Let agent and teacher forget."""
+        super().begin_episodes(begins)
+        if self.teacher is not None:
+            self.teacher.begin(begins)
 
     def learn_afterwards(self) -> None:
         """Learn when the rollout is full, and begin the next."""

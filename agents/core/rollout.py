@@ -28,6 +28,9 @@ from agents.core.replay import Replay
 Evaluate = Callable[[dict[str, Tensor]], Tensor]
 """From a batch of observations [M, ...] to their values [M]."""
 
+TEACHER_ACTION = "teacher_action"
+"""The extra field with what a teacher would have done, like `action`."""
+
 
 @dataclass(frozen=True)
 class Experience:

@@ -39,7 +39,7 @@ from agents.core.fields import Field, observation_boxes
 from agents.core.greedy import GreedyPolicy
 from agents.core.normalizers import RewardScale
 from agents.core.pictures import overlay_grid
-from agents.core.rollout import Experience
+from agents.core.rollout import TEACHER_ACTION, Experience
 from agents.core.saliency import frame_saliency, input_gradient
 from agents.on_policy.actor_value import ActorValue
 
@@ -138,12 +138,19 @@ class Samples:
     """[B]."""
     target: Tensor
     """[B], what the value should be."""
+    teacher_action: Tensor | None = None
+    """Like `action`: what a teacher would have done, where there is one."""
 
     def at(self, index: Tensor) -> Samples:
         """Return the samples of these steps."""
         place = index.to(self.action.device)
+        taught = self.teacher_action
         return Samples(
-            self.action[place], self.log_prob[place], self.advantage[place], self.target[place]
+            self.action[place],
+            self.log_prob[place],
+            self.advantage[place],
+            self.target[place],
+            None if taught is None else taught[place],
         )
 
 
@@ -375,13 +382,19 @@ class OnPolicyActorCritic(OnPolicyAgent):
             discount=config.discount,
             gae_lambda=config.gae_lambda,
         )
-        action = experience.action.flatten(0, 1)
+        taught = experience.extras.get(TEACHER_ACTION)
         return Samples(
-            action=action.flatten(1) if self.shape else action,
+            action=self._flattened(experience.action),
             log_prob=experience.extras["log_prob"].flatten(),
             advantage=advantage.flatten(),
             target=(advantage + value).flatten(),
+            teacher_action=None if taught is None else self._flattened(taught),
         )
+
+    def _flattened(self, action: Tensor) -> Tensor:
+        """Return actions [T, N, ...] as [T * N, A], or [T * N] where they are numbers."""
+        flat = action.flatten(0, 1)
+        return flat.flatten(1) if self.shape else flat
 
     def acted(self, experience: Experience, index: Tensor) -> Policy:
         """Return the distributions from which the actions of these steps were drawn."""

@@ -2,8 +2,9 @@
 
 The clip is one of several surrogates that keep a policy near the one that acted (`agents.core.policy_gradient`); A2C,
 REINFORCE, SPO, DPO's and LPO's drifts, ASPO and a KL penalty (fixed, or adapted to a target) are this agent with
-another `surrogate`. Defaults are Stable-Baselines3's for continuous control from states; what differs from common
-implementations stands in `agents.on_policy.actor_critic`.
+another `surrogate`. Defaults are Stable-Baselines3's for continuous control from states. Where a rollout holds a
+teacher's actions, they are a further term (`agents.on_policy.teacher`). What differs from common implementations
+stands in `agents.on_policy.actor_critic`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from agents.on_policy.actor_critic import (
     not_negative,
     positive,
 )
+from agents.on_policy.teacher import teacher_loss, teacher_weight
 
 Surrogate = Literal[
     "ppo_clip", "dual_clip", "masked", "spo", "discovered_drift", "asymmetric_trust_region",
@@ -62,11 +64,16 @@ class PPOConfig(OnPolicyConfig):
     baseline: bool = True
     """Credit steps with advantages; without, with returns, and the value only stands in for what comes after a time
     limit or the rollout."""
+    teacher_coefficient: float = 1.0
+    """Weight of the term that draws the policy to a teacher's actions, where there is a teacher (RPD 1)."""
+    teacher_decay: int = 0
+    """Agent steps in which that weight falls to 0, along half a cosine (RPD's code); 0 keeps it."""
 
     RANGES: ClassVar[Ranges] = (
         ("target_kl adaptive_kl_target", positive, "a positive number"),
         ("clip", lambda value: 0 < value < 1, "a number in (0, 1)"),
-        ("kl_coefficient entropy_coefficient", not_negative, "0 or more"),
+        ("kl_coefficient entropy_coefficient teacher_decay", not_negative, "0 or more"),
+        ("teacher_coefficient", lambda value: 0 <= value < math.inf, "0 or more"),
     )
 
     def __post_init__(self) -> None:
@@ -165,9 +172,14 @@ class PPO(OnPolicyActorCritic):
             observation_space, action_space, config, num_envs=num_envs, device=device, seed=seed
         )
         self.surrogate = config.surrogate_loss()
+        self.agent_steps = 0  # so far, for schedules
         if config.adapts_kl:
             self.kl_coefficient = torch.tensor(config.kl_coefficient, device=self.device)
             self.surrogate = partial(policy_gradient.kl_penalty, coefficient=self.kl_coefficient)
+
+    def set_progress(self, agent_steps: int) -> None:
+        """Let the teacher's weight fall."""
+        self.agent_steps = agent_steps
 
     def learn(self, experience: Experience, samples: Samples) -> dict[str, Tensor]:
         """Take several passes of minibatches."""
@@ -215,7 +227,16 @@ class PPO(OnPolicyActorCritic):
         policy_loss = self.surrogate(log_ratio, advantage).mean()
         entropy = policy.entropy().mean()
         critic_loss, metrics = self.critic_loss(observation, policy, value, sample.target)
-        norm = self.descend(policy_loss + critic_loss - config.entropy_coefficient * entropy)
+        loss = policy_loss + critic_loss - config.entropy_coefficient * entropy
+        if sample.teacher_action is not None:
+            distance = teacher_loss(policy, sample.teacher_action)
+            metrics["loss/teacher"] = distance.detach()
+            weight = teacher_weight(
+                config.teacher_coefficient, config.teacher_decay, self.agent_steps
+            )
+            if weight:  # without one the teacher is only watched
+                loss = loss + weight * distance
+        norm = self.descend(loss)
         return {
             "loss/policy": policy_loss.detach(),
             **metrics,

@@ -48,6 +48,22 @@ def test_every_agent_resumes_exactly_on_the_toy_family(agent: str, tmp_path: Pat
     check_resume(agent, "toy/reach", tmp_path, half=24, episode_length=9)
 
 
+def test_without_the_environments_states_a_resumed_run_remembers_nothing(tmp_path: Path) -> None:
+    flags = {"memory_size": 4, "num_envs": 2, "observation": "state", "no_exact_resume": True}
+    run = train("ppo", "toy/reach", tmp_path / "run", steps=26, **flags)
+    assert "memories" not in final_state(run)
+    resume(run, steps=34, no_exact_resume=True)
+    cut = final_state(run)["replay"]["state"]["rollout"]["cut"]
+    assert cut[0].all(), "the step before the new episodes is cut off from them"
+
+
+def test_what_a_teacher_did_resumes_exactly(tmp_path: Path) -> None:
+    teacher = train(
+        "sac", "toy/reach", tmp_path / "teacher", steps=24, episode_length=9, **PARALLEL
+    )
+    check_resume("ppo", "toy/reach", tmp_path, half=26, episode_length=9, teacher=teacher)
+
+
 @pytest.mark.parametrize("agent", ["ppo", "drq"])
 def test_chunks_of_actions_resume_exactly(agent: str, tmp_path: Path) -> None:
     check_resume(agent, "toy/reach", tmp_path, half=24, episode_length=25, action_chunk=3)
@@ -62,9 +78,12 @@ def test_a_penalty_that_adapts_resumes_exactly(tmp_path: Path) -> None:
     assert coefficients[-1] != 0.1, "it must have adapted"
 
 
-def test_a_memory_resumes_exactly_in_mid_episode_and_mid_rollout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("agent", [name for name, spec in AGENTS.items() if spec.on_policy])
+def test_a_memory_resumes_exactly_in_mid_episode_and_mid_rollout(
+    agent: str, tmp_path: Path
+) -> None:
     flags = {"memory_size": 4, "sequence_length": 3, "episode_length": 9}
-    check_resume("ppo", "toy/reach", tmp_path, half=26, **flags)
+    check_resume(agent, "toy/reach", tmp_path, half=26, **flags)
     state = final_state(tmp_path / "parts")
     assert state["memories"]["agent"].abs().sum() > 0
 

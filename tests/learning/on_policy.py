@@ -7,7 +7,8 @@ import torch
 
 import envs
 from agents.core.agent import as_observation
-from agents.core.rollout import Rollout
+from agents.core.fields import step_fields
+from agents.core.rollout import TEACHER_ACTION, Rollout
 from agents.on_policy.ppo import PPO, PPOConfig
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ SMALL = PPOConfig(
 
 def train(
     task, *, steps, seed=0, num_envs=8, observation="state", shuffle_rewards=False, size=24,
-    limits_are_ends=False, episode_length=None, build=PPO, base=SMALL, **changes,
+    limits_are_ends=False, episode_length=None, teacher=None, build=PPO, base=SMALL, **changes,
 ):  # fmt: skip
     """Train an agent for `steps` steps of all environments together; returns agent and metrics of each update.
 
@@ -35,6 +36,7 @@ def train(
         limits_are_ends: take time limits for terminations, as many implementations do.
         build: the agent's class.
         base: its config.
+        teacher: from observations to what a teacher would do.
         **changes: fields of the config.
     """
     config = dataclasses.replace(base, **changes)
@@ -47,7 +49,8 @@ def train(
         *spaces,
         length=config.rollout_length,
         num_envs=num_envs,
-        extras=agent.extras,
+        extras=dict(agent.extras)
+        | ({TEACHER_ACTION: step_fields(spaces[1])["action"]} if teacher else {}),
         log=lambda _: None,
     )
     random = np.random.default_rng(seed)
@@ -58,6 +61,8 @@ def train(
     state = None
     for _ in range(steps // num_envs):
         action, state, extras = agent.act(as_observation(seen, CPU), state, explore=True)
+        if teacher:
+            extras[TEACHER_ACTION] = teacher(seen)
         space = vector.action_space
         done = np.clip(action, space.low, space.high) if hasattr(space, "low") else action
         seen, reward, terminated, truncated, info = vector.step(done)

@@ -3,6 +3,7 @@
 On toy/reach a random policy scores 12.7, one that stays in the middle 14.1, the best script 23.9.
 """
 
+import numpy as np
 import pytest
 
 from agents.on_policy import ppo
@@ -66,6 +67,30 @@ def test_the_wrong_sign_does_not_learn(surrogate, monkeypatch):
     monkeypatch.setitem(ppo.SURROGATES, surrogate, wrong)
     agent, _ = train("toy/reach", surrogate=surrogate, **REACH)
     assert score(agent, "toy/reach") < NOT_LEARNED
+
+
+def catcher(state):
+    """Go below the ball."""
+    return 1 + np.sign(np.trunc((state[:, 1] - state[:, 0]) / 0.13)).astype(np.int64)
+
+
+@pytest.mark.parametrize(
+    ("task", "teacher", "aimless", "learned"),
+    [
+        ("toy/reach", lambda s: s[:, 2:], lambda rng: rng.uniform(-1, 1, (8, 2)), 19.0),
+        ("toy/catch", catcher, lambda rng: rng.integers(0, 3, 8), 5.5),
+    ],
+)
+def test_a_teacher_brings_in_few_steps_what_rewards_alone_do_not(task, teacher, aimless, learned):
+    """At the seeds 0 and 1: 20.7 and 21.5 on reach, 6.0 on catch; 16.6 at most, and 3.6, without one or by chance."""
+    rng = np.random.default_rng(0)
+    agent, _ = train(task, steps=1024, teacher=teacher)
+    assert score(agent, task) > learned
+    for nobody in (None, lambda state: aimless(rng)):
+        agent, _ = train(task, steps=1024, teacher=nobody)
+        assert score(agent, task) < learned - 1.5
+    agent, _ = train(task, steps=1024, teacher=teacher, teacher_coefficient=0.0)
+    assert score(agent, task) < learned - 1.5
 
 
 @pytest.mark.parametrize("observation", ["state", pytest.param("pixels", marks=pytest.mark.slow)])
