@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark --agents sgqn svea drqv2 --envs dmc/cartpole-swingup --seeds 1 2 3
     python -m experiments.benchmark --agents sgqn --seeds 1 2 3 --jobs 2 --threads 1 -- --steps 20000
+    python -m experiments.benchmark --agents ppo --variant ppo-wide "ppo --clip 0.4" --envs gym/Pendulum-v1
 
 Every run is a process of its own; flags after `--` go to experiments.train. The same command started again goes on:
 finished runs are kept, interrupted ones resumed. `--out` gets results.csv (a line per run and distraction) and
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,7 +44,7 @@ from experiments.compare import difference
 from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS, RANDOM
 from experiments.imports import add_import_flag
-from experiments.runs import command_line, describe_system
+from experiments.runs import check_label, command_line, describe_system
 from experiments.settings import VectorSettings, loop_settings
 from wrappers.distraction.presets import make_distraction
 
@@ -68,12 +70,16 @@ ARCHIVED_TAGS = ("eval/", "train/episode_return", "time/fps")
 class Job:
     """One run of the grid."""
 
+    label: str
+    """What it is called: an agent's name, or a variant's."""
     agent: str
     env: str
     seed: int
     folder: Path
     archive: Path | None = None
     """Where this run is kept when it has finished."""
+    flags: tuple[str, ...] = ()
+    """What a variant sets."""
 
     @property
     def results(self) -> Path:
@@ -84,7 +90,11 @@ class Job:
 def parser() -> Parser:
     """Return the command's parser."""
     p = Parser(prog="python -m experiments.benchmark", description=__doc__)
-    p.add_argument("--agents", nargs="+", required=True, metavar="NAME", help="agents")
+    p.add_argument("--agents", nargs="+", default=[], metavar="NAME", help="agents")
+    p.add_argument(
+        "--variant", nargs=2, action="append", default=[], metavar=("NAME", '"AGENT FLAGS"'),
+        help="an agent with flags of its own, under another name; may be given several times",
+    )  # fmt: skip
     p.add_argument(
         "--envs", nargs="+", default=["dmc/cartpole-swingup"], metavar="ID", help="tasks"
     )
@@ -134,8 +144,18 @@ def grid(arguments: argparse.Namespace) -> list[Job]:
     Raises:
         UserError: a name is unknown or given twice.
     """
-    for name in arguments.agents:
-        (baseline.check_name if name.startswith(BASELINE) else find)(name)
+    methods: dict[str, tuple[str, tuple[str, ...]]] = {
+        name: (name, ()) for name in arguments.agents
+    }
+    for label, words in arguments.variant:
+        agent, *own = shlex.split(words) or [""]
+        if check_label(label) in methods:
+            raise UserError(f"two methods are called '{label}'; give the variant another name")
+        methods[label] = (agent, tuple(own))
+    if not methods:
+        raise UserError("nothing to run: give --agents, or a --variant")
+    for agent, _ in methods.values():
+        (baseline.check_name if agent.startswith(BASELINE) else find)(agent)
     for env in arguments.envs:
         get_spec(env)
     for distraction in arguments.distractions:
@@ -145,10 +165,12 @@ def grid(arguments: argparse.Namespace) -> list[Job]:
         if len(set(values)) < len(values):
             raise UserError(f"--{name} names one of {values} twice; once is enough")
     jobs = []
-    for seed, env, agent in product(arguments.seeds, arguments.envs, arguments.agents):
-        place = Path(env.replace("/", "-")) / f"{agent}-seed{seed}"
+    for seed, env, (label, (agent, flags)) in product(
+        arguments.seeds, arguments.envs, methods.items()
+    ):
+        place = Path(env.replace("/", "-")) / f"{label}-seed{seed}"
         kept = arguments.archive / place if arguments.archive else None
-        jobs.append(Job(agent, env, seed, arguments.runs / place, kept))
+        jobs.append(Job(label, agent, env, seed, arguments.runs / place, kept, flags))
     return jobs
 
 
@@ -180,7 +202,7 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
     file = job.results / "config.json"
     if not file.is_file():
         return
-    words = ["--agent", job.agent, "--env", job.env, "--seed", str(job.seed), *flags]
+    words = [*_method(job), *flags, *job.flags]
     found = read_config(job.results)
     if job.agent.startswith(BASELINE):
         config = baseline.new_config(vars(baseline.parser().parse_args(words)))
@@ -188,8 +210,8 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
         config = train.new_config(vars(train.parser(job.agent).parse_args(words)))
         found = with_new_fields(found)
     wanted = json.loads(json.dumps(config))
-    for part in ("agent", "env", "vector", "train", "configs"):
-        if (where := difference(found[part], wanted[part], part)) is not None:
+    for part in ("agent", "label", "env", "vector", "train", "configs"):
+        if (where := difference(found.get(part), wanted.get(part), part)) is not None:
             raise UserError(
                 f"'{job.results}' was trained with other settings than these ({where}); "
                 "give other --runs and --archive, or the flags of that grid"
@@ -226,7 +248,7 @@ def _check_results(out: Path, jobs: Sequence[Job]) -> None:
     file = out / "results.csv"
     if not file.is_file():
         return
-    ours = {(job.env, job.agent, str(job.seed)) for job in jobs}
+    ours = {(job.env, job.label, str(job.seed)) for job in jobs}
     with file.open(newline="") as handle:
         theirs = {(row["env"], row["agent"], row["seed"]) for row in csv.DictReader(handle)}
     if theirs - ours:
@@ -261,7 +283,7 @@ def run_job(
         return code
     if steps_left(job.folder):
         return STOPPED
-    print(f"{job.agent} on {job.env}, seed {job.seed}: trained", flush=True)
+    print(f"{job.label} on {job.env}, seed {job.seed}: trained", flush=True)
     evaluate = [
         *python, "experiments.evaluate", str(job.folder), "--name", RESULT, "--overwrite",
         *evaluation,
@@ -282,9 +304,14 @@ def _training(job: Job, flags: Sequence[str], threads: Sequence[str]) -> list[st
         return [*python, "experiments.train", "--resume", str(job.folder), *threads]
     return [
         *python, "experiments.baseline" if is_baseline else "experiments.train",
-        "--agent", job.agent, "--env", job.env, "--seed", str(job.seed),
-        "--run-dir", str(job.folder), *flags, *threads,
+        *_method(job), "--run-dir", str(job.folder), *flags, *job.flags, *threads,
     ]  # fmt: skip
+
+
+def _method(job: Job) -> list[str]:
+    """Return the flags that say what is trained."""
+    label = ["--label", job.label] if job.label != job.agent else []
+    return ["--agent", job.agent, *label, "--env", job.env, "--seed", str(job.seed)]
 
 
 def archive_run(run: Path, archive: Path) -> None:
@@ -347,7 +374,7 @@ def _rows(job: Job) -> list[dict[str, object]]:
     for name, row in {RANDOM: result["random_policy"], **result["results"]}.items():
         rows.append({
             "env": job.env,
-            "agent": job.agent,
+            "agent": job.label,
             "seed": job.seed,
             "distraction": name,
             "episodes": len(row["returns"]),

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,6 +31,13 @@ BEGINNINGS = {"system.json", "command.txt", "system.json.tmp", "config.json.tmp"
 """What a process that is killed while it begins a run leaves behind."""
 
 _PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "dm_control", "metaworld", "safetensors")
+
+
+def check_label(label: str) -> str:
+    """Return a method's name that can be a folder's, or raise a UserError."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w+.-]*", label):
+        raise UserError(f"a method cannot be called '{label}'; use letters, digits, -, +, . and _")
+    return label
 
 
 def default_run_dir(agent: str, env: str, seed: int, root: Path = Path("runs")) -> Path:

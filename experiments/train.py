@@ -35,6 +35,7 @@ from experiments.imports import add_import_flag, import_for_run
 from experiments.runs import (
     abandon_run,
     begin_run,
+    check_label,
     default_run_dir,
     lock_run,
     make_run_dir,
@@ -89,6 +90,8 @@ def parser(agent: str) -> Parser:
     )
     p.add_argument("--run-dir", type=Path, metavar="DIR",
                    help="where the run is kept [runs/<task>/<agent>-seed<seed>]")  # fmt: skip
+    p.add_argument("--label", metavar="NAME",
+                   help="what reports call this method, such as a variant of an agent [the agent's name]")  # fmt: skip
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
     p.add_argument("--teacher", type=Path, metavar="RUN|ZIP",
                    help="learn from what this run's policy, or a zip of Stable-Baselines3, would do, too")  # fmt: skip
@@ -133,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, config = resumed_config(given, sys.argv[1:] if argv is None else list(argv))
     else:
         config = new_config(given)
-        run = given["run_dir"] or default_run_dir(agent, given["env"], config["train"]["seed"])
+        run = given["run_dir"] or default_run_dir(
+            given["label"] or agent, given["env"], config["train"]["seed"]
+        )
     train(run, config, resume=bool(given["resume"]))
     return 0
 
@@ -176,6 +181,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "agent": given["agent"],
+        **({"label": check_label(given["label"])} if given.get("label") else {}),
         "imports": list(dict.fromkeys(given["imports"])),
         "env": task.as_dict(),
         "vector": to_dict(vector),

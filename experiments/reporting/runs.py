@@ -142,7 +142,7 @@ def read_run(path: Path) -> Run:
     config_path = path / "config.json"
     try:
         config = json.loads(config_path.read_text())
-        agent, env_id = str(config["agent"]), str(config["env"]["id"])
+        agent, env_id = str(config.get("label", config["agent"])), str(config["env"]["id"])
         seed, schema = config.get("train", {}).get("seed"), config.get("schema", SCHEMA)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

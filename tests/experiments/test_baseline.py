@@ -260,7 +260,7 @@ def test_mistakes_are_one_line_and_leave_no_folder(
 
 
 def test_a_grid_trains_each_agent_by_its_own_command(tmp_path: Path) -> None:
-    job = benchmark.Job("sb3-ppo", "gym/CartPole-v1", 1, tmp_path / "run")
+    job = benchmark.Job("sb3-ppo", "sb3-ppo", "gym/CartPole-v1", 1, tmp_path / "run")
     command = benchmark._training(job, ["--steps", "5"], ["--threads", "1"])
     assert command[2:5] == ["experiments.baseline", "--agent", "sb3-ppo"]
     assert command[-4:] == ["--steps", "5", "--threads", "1"]

@@ -71,7 +71,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_grids(
     words = ["--agent", "drq", "--env", "toy/reach", "--seed", "1", "--preset", "debug"]
     config = new_config(vars(parser("drq").parse_args(words)))
     write_json(folder / "config.json", config)
-    job = benchmark.Job("drq", "toy/reach", 1, folder)
+    job = benchmark.Job("drq", "drq", "toy/reach", 1, folder)
     benchmark.check_same(job, ["--preset", "debug"], 10, ["clean"])
     with pytest.raises(UserError, match=r"other settings than these.*train/steps"):
         benchmark.check_same(job, ["--preset", "debug", "--steps", "4000"], 10, ["clean"])
@@ -85,7 +85,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_grids(
     write_json(kept / "config.json", config)
     result = {"episodes_per_distraction": 2, "results": {"clean": {}}}
     write_json(kept / "evaluations" / "benchmark.json", result)
-    job = benchmark.Job("drq", "toy/reach", 1, folder, kept)
+    job = benchmark.Job("drq", "drq", "toy/reach", 1, folder, kept)
     benchmark.check_same(job, ["--preset", "debug"], 2, ["clean"])
     with pytest.raises(UserError, match="evaluated in 2 episodes each of clean"):
         benchmark.check_same(job, ["--preset", "debug"], 2, ["clean", "video_hard"])
@@ -109,6 +109,46 @@ def test_numbers_of_another_grid_are_neither_doubled_nor_replaced(
     assert (tmp_path / "results.csv").read_text().endswith("sac,1\n")
 
 
+def test_a_variant_is_an_agent_with_flags_and_a_name_of_its_own(tmp_path: Path) -> None:
+    words = ["--agents", "a2c", "--variant", "ppo-wide", "ppo --clip 0.4", "--envs", "toy/reach"]
+    words += ["--seeds", "1", "--preset", "debug", "--episodes", "1", "--distractions", "clean"]
+    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    tiny = ["--steps", "24", "--rollout-length", "12", "--epochs", "1", "--eval-every", "0"]
+    assert main([*words, "--archive", str(tmp_path / "kept"), "--", *tiny]) == 0
+    assert {row["agent"] for row in rows(tmp_path / "out" / "results.csv")} == {"a2c", "ppo-wide"}
+    folder = tmp_path / "kept" / "toy-reach" / "ppo-wide-seed1"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["agent"] == "ppo"
+    assert config["configs"]["PPOConfig"]["clip"] == 0.4
+    assert read_run(folder).agent == "ppo-wide"
+    words[4] = "ppo --clip 0.3"
+    with pytest.raises(UserError, match=r"other settings than these.*clip"):
+        run_again(words, tmp_path, tiny)
+
+
+def run_again(words: list[str], folder: Path, flags: list[str]) -> None:
+    arguments = benchmark.parser().parse_args(
+        [*words, "--archive", str(folder / "kept"), "--", *flags]
+    )
+    benchmark.run_grid(benchmark.grid(arguments), arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give --agents, or a --variant"),
+        (["--agents", "ppo", "--variant", "ppo", "ppo --clip 0.4"], "two methods are called 'ppo'"),
+        (["--variant", "a/b", "ppo"], "cannot be called 'a/b'"),
+        (["--variant", "wide", "pppo --clip 0.4"], "did you mean ppo"),
+    ],
+)
+def test_bad_variants_are_said_in_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_unknown_agents_and_tasks_are_refused_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -124,6 +164,6 @@ def test_a_run_that_was_stopped_is_not_evaluated(
     asked: list[str] = []
     monkeypatch.setattr(benchmark, "_logged", lambda command, log: asked.append(command[2]) or 0)
     monkeypatch.setattr(benchmark, "steps_left", lambda run: 5)
-    job = benchmark.Job("drq", "toy/reach", 1, tmp_path / "run")
+    job = benchmark.Job("drq", "drq", "toy/reach", 1, tmp_path / "run")
     assert benchmark.run_job(job, [], [], []) == benchmark.STOPPED
     assert asked == ["experiments.train"]
