@@ -191,7 +191,7 @@ METAWORLD_TASKS = """
 """.split()
 """Meta-World 3.0.0."""
 
-TOY_TASKS = ("balance", "catch", "reach", "recall")
+TOY_TASKS = ("balance", "catch", "goals", "reach", "recall")
 
 _GYMNASIUM = "envs.gymnasium_tasks:GymnasiumTask"
 _SKY_AND_FLOOR: frozenset[Part] = frozenset({"sky", "floor"})
@@ -233,7 +233,7 @@ def _register_own() -> None:
             background=_SKY_AND_FLOOR,
             objects=True,
             textures=True,
-            success=task == "reach",
+            success=task in ("goals", "reach"),
         )
     register(
         "toy/reach-drift",  # the floor moves: a background that is no good to remember

@@ -10,6 +10,7 @@ Mean undiscounted returns over 2000 episodes, for the thresholds of learning tes
 | reach   | Box 2, place | 25    | 12.7   | 14.1        | 23.9        |                  |
 | balance | Box 1, force | 40    | 5.9    | 5.9         | 38.3        | 16.5             |
 | catch   | Discrete 3   | <= 60 | 0.4    | 0.6 (stay)  | 6.0         |                  |
+| goals   | Discrete 4   | <= 12 | 0.36   |             | 1.0 (left)  |                  |
 | recall  | Discrete 2   | 12    | 2.5    | 2.5 (left)  | 5.0         |                  |
 
 No policy of what a picture or a stack of seven shows has more than 2.5 in recall.
@@ -219,6 +220,42 @@ class Catch(ToyTask):
         ]
 
 
+class Goals(ToyTask):
+    """A point may go to any of four goals: the first one that it reaches pays 1 and ends the episode.
+
+    Actions: left, right, down, up, each by 0.2; in each of these directions there is a goal, reached within 0.2 in both
+    coordinates. The point begins within 0.1 of the middle, three or four steps from every goal, so that none is better
+    than another: what a policy prefers is its own habit. `info["behavior"]` is the number of the goal that was reached,
+    as the actions are numbered, and -1 before. State: x and y of the point.
+    """
+
+    default_episode_length = 12
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(4)
+    speed, reach = 0.2, 0.2
+    moves = ((-1, 0), (1, 0), (0, -1), (0, 1))
+    places = ((-0.8, 0.0), (0.8, 0.0), (0.0, -0.8), (0.0, 0.8))
+
+    def _begin(self) -> np.ndarray:
+        return self.np_random.uniform(-0.1, 0.1, 2)
+
+    def _advance(self, action: int) -> tuple[float, bool, dict[str, Any]]:
+        x, y = self._scene.tolist()
+        right, up = self.moves[int(action)]
+        x, y = (min(max(v, -1), 1) for v in (x + self.speed * right, y + self.speed * up))
+        self._scene = np.array((x, y))
+        reached = [max(abs(x - a), abs(y - b)) <= self.reach for a, b in self.places]
+        behavior = reached.index(True) if True in reached else -1
+        success = float(behavior >= 0)
+        return success, bool(success), {"success": success, "behavior": behavior}
+
+    def bodies(self) -> list[Body]:
+        """Return the goals and the point in front of them."""
+        x, y = self._scene.tolist()
+        goals = [Body("box", a, b, 0.5, 0.5, is_target=True) for a, b in self.places]
+        return [*goals, Body("disc", x, y, 0.36, 0.36)]
+
+
 class Recall(ToyTask):
     """A mark stands on one side while an episode begins, and is asked for when it is long gone.
 
@@ -262,6 +299,7 @@ TASKS: dict[str, type[ToyTask]] = {
     "reach": Reach,
     "balance": Balance,
     "catch": Catch,
+    "goals": Goals,
     "recall": Recall,
 }
 """The toy tasks by the name that follows `toy/`."""

@@ -23,6 +23,7 @@ IDS = (
     "gym/CartPole-v1",
     "toy/reach",
     "toy/catch",
+    "toy/goals",
     "toy/recall",
 )
 slow = pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.toy import TASKS, Balance, Catch, Reach, Recall, ToyTask
+from envs.toy import TASKS, Balance, Catch, Goals, Reach, Recall, ToyTask
 from envs.toy_view import TARGET
 from wrappers.errors import UserError
 
@@ -37,6 +37,8 @@ def mean_return(task: type[ToyTask], policy: Policy, episodes: int) -> float:
         (Catch, lambda s, rng: rng.integers(3), 0.4),
         (Catch, lambda s, rng: 1, 0.6),
         (Catch, lambda s, rng: 1 + np.sign(np.trunc((s[1] - s[0]) / 0.13)), 6.0),
+        (Goals, lambda s, rng: rng.integers(4), 0.36),
+        (Goals, lambda s, rng: 0, 1.0),
         (Recall, lambda s, rng: rng.integers(2), 2.5),
         (Recall, lambda s, rng: 0, 2.5),
     ],
@@ -84,6 +86,32 @@ def test_ends_are_told_apart() -> None:
     catch.set_state({**catch.get_state(), "scene": np.array((0.8, 0.8, -0.7)), "steps": 59})
     assert catch.step(1)[1:4] == (1.0, False, True), "the time limit truncates"
     assert Reach(episode_length=3).episode_length == 3
+
+
+@pytest.mark.parametrize("goal", range(4))
+def test_every_goal_ends_the_episode_says_which_it_is_and_is_as_far(goal: int) -> None:
+    env = Goals()
+    for seed in range(20):
+        env.reset(seed=seed)
+        told, terminated = [], False
+        while not terminated:
+            state, reward, terminated, _, info = env.step(goal)
+            told.append(info["behavior"])
+        assert told[:-1] == [-1] * (len(told) - 1)
+        assert (told[-1], reward, info["success"]) == (goal, 1.0, 1.0)
+        assert len(told) in (3, 4)
+        assert np.abs(state - Goals.places[goal]).max() <= 0.2 + 1e-6
+
+
+def test_a_picture_tells_where_the_point_is_and_every_goal() -> None:
+    env = Goals()
+    env.reset(seed=0)
+    env.set_state({**env.get_state(), "scene": np.array((0.0, 0.2))})
+    picture = env.render()
+    target = np.rint(255 * TARGET).tolist()
+    for row, column in ((12, 2), (12, 21), (2, 12), (21, 12)):
+        assert picture[row, column].tolist() == target
+    assert picture[9, 12].tolist() == [179, 128, 77]
 
 
 @pytest.mark.parametrize("task", TASKS.values())
