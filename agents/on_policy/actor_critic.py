@@ -18,6 +18,7 @@ Differences from common implementations:
 from __future__ import annotations
 
 import math
+import typing
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,12 @@ from agents.core.pictures import overlay_grid
 from agents.core.rollout import TEACHER_ACTION, Experience
 from agents.core.saliency import frame_saliency, input_gradient
 from agents.on_policy.actor_value import ActorValue
+from agents.on_policy.quantile_critic import (
+    Critic,
+    QuantileCritic,
+    quantile_loss,
+    sample_returns,
+)
 
 Ranges = tuple[tuple[str, Callable[[Any], bool], str], ...]
 """Fields (several names in one string), what fits them, and how to say so."""
@@ -104,9 +111,21 @@ class OnPolicyConfig:
     """Weight of DrAC's term: policy and value of a shifted picture like those of the picture (DrAC .1)."""
     pad: int = 4
     """Largest shift in pixels at 84 x 84, scaled with the picture, for that term (DrAC 12)."""
+    critic: Critic = "mean"
+    """What the value is: an output of its own (mean), the mean of the return's implicit quantiles (quantile), or
+    PG-Rainbow's function of both (distilled); see `agents.on_policy.quantile_critic`."""
+    quantiles: int = 32
+    """Evenly spaced quantiles that make a value, and random ones in every loss (IQN's K; its loss has 64)."""
+    quantile_embedding: int = 64
+    """Cosines in the embedding of a quantile's fraction (IQN 64)."""
+    quantile_threshold: float = 1.0
+    """Error of a quantile below which its loss is quadratic, in units of the return (IQN's kappa 1); 0 for none."""
 
     RANGES: ClassVar[Ranges] = (
         ("rollout_length minibatch_size epochs feature_dim", at_least_one, "a positive number"),
+        ("quantiles quantile_embedding", at_least_one, "a positive number"),
+        ("quantile_threshold", lambda value: 0 <= value < math.inf, "0 or more"),
+        ("critic", typing.get_args(Critic).__contains__, " or ".join(typing.get_args(Critic))),
         ("sequence_length", at_least_one, "a positive number"),
         ("max_gradient_norm", positive, "a positive number"),
         ("learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
@@ -137,7 +156,7 @@ class Samples:
     advantage: Tensor
     """[B]."""
     target: Tensor
-    """[B], what the value should be."""
+    """[B], what the value should be; for quantile critics [B, 1 + K], with samples of the return behind it."""
     teacher_action: Tensor | None = None
     """Like `action`: what a teacher would have done, where there is one."""
 
@@ -162,12 +181,16 @@ def value_loss(value: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(value, target)
 
 
+def value_target(target: Tensor) -> Tensor:
+    """Return what values should be, [B], of `Samples.target`."""
+    return target if target.ndim == 1 else target[:, 0]
+
+
 def normalized(advantage: Tensor) -> Tensor:
     """Bring advantages [B] to mean 0 and spread 1; a single one stays."""
     if len(advantage) < 2:
         return advantage
-    spread, mean = torch.std_mean(advantage)
-    return (advantage - mean) / (spread + 1e-8)
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def regularization_loss(policy: Policy, value: Tensor, seen: Policy, seen_value: Tensor) -> Tensor:
@@ -275,13 +298,13 @@ class OnPolicyActorCritic(OnPolicyAgent):
                 feature_dim=config.feature_dim,
                 initial_log_std=config.initial_log_std,
                 normalize_observation=config.normalize_observation,
+                critic=self._quantile_critic if config.critic != "mean" else None,
                 memory_size=config.memory_size,
             )
-        # Convolutions are faster on pictures in NHWC order; fused Adam takes one pass over all weights.
-        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.to(self.device)
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
+            self.network.parameters(), lr=config.learning_rate, eps=1e-5
         )
         self.extras = {"log_prob": Field(), "value": Field()}
         if self.keeps_policy:
@@ -363,7 +386,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
         value, samples = batch.extras["value"], self.credit(batch)
         metrics = self.learn(batch, samples)
         self._take_in(batch)
-        kept, target = batch.kept.flatten(), samples.target
+        kept, target = batch.kept.flatten(), value_target(samples.target)
         spread = target[kept].var(correction=0)
         unexplained = (target - value.flatten())[kept].var(correction=0) / spread.clamp(min=1e-12)
         return metrics | {
@@ -384,12 +407,23 @@ class OnPolicyActorCritic(OnPolicyAgent):
             discount=config.discount,
             gae_lambda=config.gae_lambda,
         )
+        target = advantage + value
+        if config.critic != "mean":
+            samples = sample_returns(
+                self.network,
+                experience,
+                reward,
+                discount=config.discount,
+                gae_lambda=config.gae_lambda,
+                generator=self.generator,
+            )
+            target = torch.cat([target[..., None], samples], dim=-1)
         taught = experience.extras.get(TEACHER_ACTION)
         return Samples(
             action=self._flattened(experience.action),
             log_prob=experience.extras["log_prob"].flatten(),
             advantage=advantage.flatten(),
-            target=(advantage + value).flatten(),
+            target=target.flatten(0, 1),
             teacher_action=None if taught is None else self._flattened(taught),
         )
 
@@ -425,14 +459,21 @@ class OnPolicyActorCritic(OnPolicyAgent):
         target: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss of the value with DrAC's term, and metrics."""
-        config = self.config
-        error = value_loss(value, target)
+        config, metrics = self.config, {}
+        error = value_loss(value, value_target(target))
         loss = config.value_coefficient * error
+        if config.critic != "mean":
+            quantile_error = quantile_loss(
+                self.network, observation, target[:, 1:], config.quantile_threshold, self.generator
+            )
+            metrics["loss/quantile"] = quantile_error.detach()
+            # The mean of quantiles learns from their loss alone; a distilled value has layers of its own.
+            loss = config.value_coefficient * quantile_error + loss * (config.critic == "distilled")
         if config.value_regularization and self.pad:
             shifted = random_shift(observation["pixels"], self.generator, self.pad)
             again = self.network({**observation, "pixels": shifted})
             loss = loss + config.value_regularization * regularization_loss(policy, value, *again)
-        return loss, {"loss/value": error.detach()}
+        return loss, metrics | {"loss/value": error.detach()}
 
     def descend(self, loss: Tensor) -> Tensor:
         """Take one gradient step of what the optimizer holds, and return the gradient's norm before it was scaled."""
@@ -443,6 +484,16 @@ class OnPolicyActorCritic(OnPolicyAgent):
         self.optimizer.step()
         self.gradient_updates += 1
         return norm.detach()
+
+    def _quantile_critic(self, features: int) -> QuantileCritic:
+        config = self.config
+        return QuantileCritic(
+            features,
+            config.hidden,
+            quantiles=config.quantiles,
+            embedding=config.quantile_embedding,
+            is_distilled=config.critic == "distilled",
+        )
 
     @torch.no_grad()
     def _values(self, observation: Observation) -> Tensor:

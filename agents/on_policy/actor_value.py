@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import gymnasium as gym
@@ -29,6 +29,7 @@ class ActorValue(nn.Module):
         feature_dim: length of the projection behind the encoder.
         initial_log_std: of a continuous policy; one for each part of the action, whatever is seen.
         normalize_observation: bring states to mean 0 and spread 1.
+        critic: from the length of the features to what gives values [B, 1] of them; None is layers like the actor's.
         memory_size: units of a recurrent memory, which policy and value see beside what is there now; 0 for none.
     """
 
@@ -42,6 +43,7 @@ class ActorValue(nn.Module):
         feature_dim: int,
         initial_log_std: float,
         normalize_observation: bool,
+        critic: Callable[[int], nn.Module] | None = None,
         memory_size: int = 0,
     ) -> None:
         super().__init__()
@@ -61,7 +63,9 @@ class ActorValue(nn.Module):
         sizes = [self.trunk.out_features + memory_size, *hidden]
         # Gains as in Stable-Baselines3: a policy that begins near its middle tries everything.
         self.actor = tanh_mlp([*sizes, parts], last_gain=0.01)
-        self.critic = tanh_mlp([*sizes, 1], last_gain=1.0)
+        self.critic: nn.Module = (
+            critic(sizes[0]) if critic else tanh_mlp([*sizes, 1], last_gain=1.0)
+        )
         self.log_std = None
         if not is_discrete:
             self.log_std = nn.Parameter(torch.full((parts,), initial_log_std))

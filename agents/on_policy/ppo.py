@@ -33,6 +33,7 @@ from agents.on_policy.actor_critic import (
     normalized,
     not_negative,
     positive,
+    value_target,
 )
 from agents.on_policy.teacher import teacher_loss, teacher_weight
 
@@ -222,7 +223,7 @@ class PPO(OnPolicyActorCritic):
         config = self.config
         policy, value = self.network(observation)
         log_ratio = policy.log_prob(sample.action) - sample.log_prob
-        credit = sample.advantage if config.baseline else sample.target
+        credit = sample.advantage if config.baseline else value_target(sample.target)
         advantage = normalized(credit) if config.normalize_advantage else credit
         policy_loss = self.surrogate(log_ratio, advantage).mean()
         entropy = policy.entropy().mean()
