@@ -53,8 +53,12 @@ class Actor:
         """
         self.state = None if begins is None else self.agent.reset_state(self.state, begins)
 
-    def act(self, observation: Any) -> np.ndarray:
-        """Return the greedy actions for a batch of observations as the environments gave them.
+    def act(self, observation: Any, *, explore: bool = False) -> np.ndarray:
+        """Return the actions for a batch of observations as the environments gave them.
+
+        Args:
+            observation: the batch.
+            explore: draw actions as in training; otherwise the greedy ones.
 
         Raises:
             UserError: there are more or fewer than those that are remembered.
@@ -66,7 +70,7 @@ class Actor:
                 f"{count} observations are given to a policy that remembers {len(self.state)} episodes; "
                 "call its begin() before the first observation of new ones"
             )
-        action, self.state, _ = self.agent.act(batch, self.state, explore=False)
+        action, self.state, _ = self.agent.act(batch, self.state, explore=explore)
         return action
 
 
@@ -171,13 +175,14 @@ class Policy(Actor):
         policy.config = config
         return policy
 
-    def act(self, observation: Any) -> np.ndarray:
+    def act(self, observation: Any, *, explore: bool = False) -> np.ndarray:
         """Return the greedy action for one observation, or actions for a batch of them.
 
         One with a memory takes them for the next ones of the same episodes; see `begin`.
 
         Args:
             observation: as the environment gave it: uint8 [3*k, H, W], float [D] or a Dict; or a batch.
+            explore: draw the action as in training, by the agent's own generator; it may leave the space's range.
         """
         parts = observation if isinstance(observation, Mapping) else {"": observation}
         arrays = {key: np.asarray(value) for key, value in parts.items()}
@@ -186,7 +191,7 @@ class Policy(Actor):
         )
         if single:
             arrays = {key: array[None] for key, array in arrays.items()}
-        action = super().act(arrays[""] if "" in arrays else arrays)
+        action = super().act(arrays[""] if "" in arrays else arrays, explore=explore)
         return action[0] if single else action
 
     def saliency(self, observation: Any, action: np.ndarray) -> np.ndarray | None:

@@ -15,11 +15,14 @@ import torch
 
 from agents.core.agent import Agent
 from agents.core.errors import UserError
+from agents.core.training import TrainingLoop
+from agents.core.vines import VineLoop
 from agents.off_policy.critic_methods import MethodConfig
 from agents.off_policy.ddpg import DDPG, DDPGConfig
 from agents.off_policy.sac import SAC, SACConfig
 from agents.off_policy.sgqn import SGQNConfig
 from agents.off_policy.svea import SVEAConfig
+from agents.on_policy.polychromic import PolychromicConfig, PolychromicPPO
 from agents.on_policy.ppo import A2C, PPO, REINFORCE, PPOConfig
 from agents.on_policy.rebel import REBEL, REBELConfig
 from agents.on_policy.trpo import TRPO, TRPOConfig
@@ -35,12 +38,14 @@ class AgentSpec:
         configs: the config dataclasses with this agent's defaults, in the order `build` takes them.
         summary: one line for `--help`.
         on_policy: it is an `OnPolicyAgent`, learns from rollouts, and `build` also takes num_envs=.
+        loop: what trains it; None is the loop of its kind.
     """
 
     build: Callable[..., Agent]
     configs: tuple[Any, ...]
     summary: str
     on_policy: bool = False
+    loop: type[TrainingLoop] | None = None
 
 
 def _actor_critic(base: type) -> Callable[..., Agent]:
@@ -94,7 +99,17 @@ AGENTS: dict[str, AgentSpec] = {
     "rebel": AgentSpec(
         REBEL, (REBELConfig(),), "regression of relative advantages", on_policy=True
     ),
-}
+    "pg-rainbow": AgentSpec(
+        PPO,
+        (PPOConfig(critic="distilled"),),
+        "PPO with PG-Rainbow's quantile critic",
+        on_policy=True,
+    ),
+    "polychromic": AgentSpec(
+        PolychromicPPO, (PolychromicConfig(),), "PPO on sets of trajectories that succeed and differ",
+        on_policy=True, loop=VineLoop,
+    ),
+}  # fmt: skip
 
 
 def register(name: str, spec: AgentSpec) -> None:

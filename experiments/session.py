@@ -93,7 +93,7 @@ class Session:
         parts = self.checkpoints.load(replay=self.replay) if goes_on else None
         done = parts["progress"]["agent_steps"] if parts else 0
         self.logger = Logger(self.run, resume_from=done if resume else None)
-        loop = OnPolicyLoop if self.spec.on_policy else OffPolicyLoop
+        loop = self.spec.loop or (OnPolicyLoop if self.spec.on_policy else OffPolicyLoop)
         self.loop: TrainingLoop = loop(
             self.agent,
             self.envs,
@@ -301,10 +301,11 @@ def make_store(
         "frame_stack": config["env"]["frame_stack"],
     }
     if isinstance(agent, OnPolicyAgent):
-        length, extras = agent.rollout_length, dict(agent.extras)
+        extras = dict(agent.extras)
         if config.get("teacher"):
             extras[TEACHER_ACTION] = step_fields(action_space)["action"]
-        return Rollout(space, action_space, length=length, extras=extras, **shape, **where)
+        own: dict[str, Any] = {"extras": extras, "jumps": agent.jumps}
+        return Rollout(space, action_space, length=agent.rollout_length, **own, **shape, **where)
     capacity = config["train"]["replay_capacity"]
     return Replay(space, action_space, capacity=capacity, seed=seed, **shape, **where)
 

@@ -175,11 +175,13 @@ class OnPolicyAgent(Agent):
         rollout_length: steps of every environment between two updates.
         extras: fields that `act` gives for every step, and `update` wants back.
         gradient_updates: gradient steps so far.
+        jumps: how often in a rollout its loop puts the environments back into an earlier state.
     """
 
     rollout_length: int
     extras: Mapping[str, Field]
     gradient_updates: int
+    jumps: int = 0
 
 
 def as_observation(observation: Any, device: torch.device) -> dict[str, Tensor]:

@@ -76,10 +76,14 @@ class RewardScale(nn.Module):
             self.running.masked_fill_(end, 0.0)
         self.moments.update(torch.cat(returns))
 
+    @property
+    def spread(self) -> Tensor:
+        """What rewards are divided by, float64 0-d."""
+        return (self.moments.variance + 1e-8).sqrt()
+
     def scale(self, reward: Tensor, limit: float = 10.0) -> Tensor:
         """Return rewards over the spread, clipped to `limit`, float32."""
-        spread = (self.moments.variance + 1e-8).sqrt()
-        return (reward.double() / spread).clamp(-limit, limit).float()
+        return (reward.double() / self.spread).clamp(-limit, limit).float()
 
 
 class RangeNormalizer(nn.Module):

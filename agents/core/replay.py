@@ -240,7 +240,7 @@ class Replay(Rows):
         """Return what is kept of some rows of an observation [M, ...], which are those of `envs`."""
         rows = {}
         for name, field in self._observations.items():
-            values = np.asarray(_part(observation, name))
+            values = np.asarray(part_of(observation, name))
             if name in self._stacked:
                 values = values[:, -field.shape[0] :]
             rows[name] = self._as_column(name, values[rows_of])
@@ -257,7 +257,7 @@ class Replay(Rows):
             )
         if isinstance(final, np.ndarray) and final.dtype == object:
             parts = {
-                name: np.stack([np.asarray(_part(final[env], name)) for env in ended])
+                name: np.stack([np.asarray(part_of(final[env], name)) for env in ended])
                 for name in self._observations
             }
             return self._newest_frames(parts, np.arange(len(ended)), ended)
@@ -266,7 +266,7 @@ class Replay(Rows):
     def _check_first(self, observation: Any, envs: np.ndarray) -> None:
         """Refuse stacks that this store could not give back: a first one repeats one frame."""
         for name in self._stacked if len(envs) else ():
-            stack = np.asarray(_part(observation, name))[envs]
+            stack = np.asarray(part_of(observation, name))[envs]
             frames = stack.reshape(len(envs), self.frame_stack, -1)
             if (frames != frames[:, -1:]).any():
                 raise ValueError(
@@ -402,5 +402,6 @@ def _row_fields(
     return {**observations, **steps, **extras}
 
 
-def _part(observation: Any, name: str) -> Any:
+def part_of(observation: Any, name: str) -> Any:
+    """Return a part of an observation batch by its name; a lone array is its only part."""
     return observation[name] if isinstance(observation, Mapping) else observation

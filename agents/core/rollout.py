@@ -23,7 +23,7 @@ from torch import Tensor
 
 from agents.core.errors import UserError
 from agents.core.fields import Field, Storage
-from agents.core.replay import Replay
+from agents.core.replay import Replay, part_of
 
 Evaluate = Callable[[dict[str, Tensor]], Tensor]
 """From a batch of observations [M, ...] to their values [M]."""
@@ -155,6 +155,7 @@ class Rollout(Replay):
         device: where minibatches are needed.
         storage: see `Replay`.
         log: gets one line that says what the store takes, before it takes it.
+        jumps: how often `jump` is called in a rollout, at most.
 
     Raises:
         UserError: the length is not positive, or as `Replay`.
@@ -173,6 +174,7 @@ class Rollout(Replay):
         storage: Storage = "auto",
         directory: str | Path | None = None,
         log: Callable[[str], None] = print,
+        jumps: int = 0,
     ) -> None:
         if length < 1:
             raise UserError(f"the rollout's length is {length}; give at least 1 step")
@@ -180,8 +182,8 @@ class Rollout(Replay):
         super().__init__(
             observation_space,
             action_space,
-            # Two rows for every step, should each end an episode, and the first step's stack.
-            capacity=num_envs * (2 * length + frame_stack + 1),
+            # Two rows for every step, should each end an episode, and the stacks of the first step and of jumps.
+            capacity=num_envs * (2 * length + frame_stack * (1 + jumps) + 1),
             num_envs=num_envs,
             frame_stack=frame_stack,
             extras=extras,
@@ -191,6 +193,11 @@ class Rollout(Replay):
             log=log,
         )
         self.clear()
+
+    @property
+    def steps(self) -> int:
+        """Steps of every environment since the last `clear`."""
+        return len(self._ids)
 
     @property
     def is_full(self) -> bool:
@@ -238,6 +245,30 @@ class Rollout(Replay):
         self._flat = None
         self._cut.append(np.asarray(truncated, bool) & ~np.asarray(terminated, bool) & ~lost)
         return ids
+
+    def jump(self, observation: Any) -> None:
+        """Go on from another state than the last step led to, in every environment.
+
+        That step ends what was before it like a time limit: from what it led to, learners bootstrap.
+
+        Args:
+            observation: [N, ...] of that state, in the middle of an episode too: its whole stack is kept.
+        """
+        if self._cut:
+            self._cut[-1] |= self._ids[-1] >= 0
+        envs = np.arange(self.num_envs)
+        frames = self.frame_stack if self._stacked else 1
+        for age in range(frames):
+            seen = {}
+            for name, field in self._observations.items():
+                values = np.asarray(part_of(observation, name))
+                if name in self._stacked:
+                    channels = field.shape[0]
+                    values = values[:, age * channels : (age + 1) * channels]
+                seen[name] = values
+            self._append(
+                envs, self._newest_frames(seen, envs), np.full(self.num_envs, age, np.uint8)
+            )
 
     def experience(self) -> Experience:
         """Return the steps since the last `clear`.

@@ -108,6 +108,9 @@ class Hooks:
 class TrainingLoop(ABC):
     """Trains an agent on a vector environment.
 
+    Attributes:
+        without_state: what to do where environments' states cannot be read.
+
     Args:
         agent: acts and learns.
         envs: same-step autoreset, with `get_state` / `set_state`.
@@ -120,6 +123,10 @@ class TrainingLoop(ABC):
         seed: of the first reset and of the random actions.
         hooks: evaluation, timing and stopping.
     """
+
+    without_state = (
+        "add --no-exact-resume: they then hold everything else, and --resume begins new episodes"
+    )
 
     def __init__(
         self,
@@ -212,8 +219,7 @@ class TrainingLoop(ABC):
             said = " ".join(str(error).split())
             why = said if hasattr(error, "exit_code") else f"{type(error).__name__}: {said}"
             raise UserError(
-                f"checkpoints cannot keep the state of this task ({why}); add --no-exact-resume: they then hold "
-                "everything else, and --resume begins new episodes"
+                f"checkpoints cannot keep the state of this task ({why}); {self.without_state}"
             ) from error
 
     def run(self) -> LoopState:
@@ -275,6 +281,7 @@ class TrainingLoop(ABC):
         if environments and self.settings.exact_resume:
             parts["environments"] = self.envs.get_state()  # type: ignore[attr-defined]
             parts["observation"] = self.observation
+            parts |= self.further_parts()
             if memories := self.get_memories():
                 parts["memories"] = memories
         self.checkpoints.save(self.state.progress.agent_steps, parts, self.replay)
@@ -296,6 +303,14 @@ class TrainingLoop(ABC):
     @abstractmethod
     def choose(self) -> Choice:
         """Choose what every environment does next."""
+
+    def beside(self, choice: Choice, info: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return what the store keeps beside a step, now that the environments' infos about it are there."""
+        return choice.extras
+
+    def further_parts(self) -> dict[str, Any]:
+        """Return what checkpoints keep beside the environments' states, by name."""
+        return {}
 
     def learn_meanwhile(self) -> None:  # noqa: B027 - nothing to do by default
         """Learn while the environments step."""
@@ -326,7 +341,7 @@ class TrainingLoop(ABC):
         with self._names_the_step():
             self.replay.add(
                 choice.action, reward, terminated, truncated, observation, info.get("final_obs"),
-                dropped, choice.extras,
+                dropped, self.beside(choice, info),
             )  # fmt: skip
         self.state.dropped += 0 if dropped is None else int(np.sum(dropped))
         self.observation = observation

@@ -36,6 +36,9 @@ TINY_ON_POLICY = {
 }
 """The same for agents that learn from rollouts."""
 
+TINY_VINES = {"--branches": 1, "--vines": 2, "--vine-length": 2, "--set-size": 2}
+"""The same for agents whose rollouts branch."""
+
 TINY_METHODS = {"--decoder-channels": (4, 4)}
 """More of them, for the agents that know them."""
 
@@ -50,6 +53,8 @@ def arguments(agent: str, env: str, run: Path, **flags: Any) -> list[str]:
     values |= TINY_ON_POLICY if find(agent).on_policy else TINY
     if any(hasattr(config, "decoder_channels") for config in find(agent).configs):
         values |= TINY_METHODS
+    if any(hasattr(config, "vine_length") for config in find(agent).configs):
+        values |= TINY_VINES
     return as_arguments(values | {"--" + k.replace("_", "-"): v for k, v in flags.items()})
 
 
