@@ -37,12 +37,8 @@ from agents.core.errors import UserError
 from agents.core.policy_gradient import kl_estimate
 from agents.core.rollout import Experience
 from agents.core.vines import EXTRAS, VinePlan, Vines
-from agents.on_policy.actor_critic import (
-    Ranges,
-    Samples,
-    at_least_one,
-    not_negative,
-)
+from agents.on_policy.actor_critic import Samples
+from agents.on_policy.config import Ranges, at_least_one, not_negative
 from agents.on_policy.ppo import PPO, PPOConfig
 
 

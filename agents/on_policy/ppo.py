@@ -24,17 +24,9 @@ from agents.core.agent import Observation
 from agents.core.drift import SHIPPED, load_drift
 from agents.core.errors import UserError
 from agents.core.rollout import Experience
-from agents.on_policy.actor_critic import (
-    OnPolicyActorCritic,
-    OnPolicyConfig,
-    Ranges,
-    Samples,
-    mean_metrics,
-    normalized,
-    not_negative,
-    positive,
-    value_target,
-)
+from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
+from agents.on_policy.config import OnPolicyConfig, Ranges, not_negative, positive
+from agents.on_policy.losses import normalized, value_target
 from agents.on_policy.teacher import teacher_loss, teacher_weight
 
 Surrogate = Literal[

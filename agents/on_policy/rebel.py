@@ -35,15 +35,9 @@ from agents.core.agent import Observation
 from agents.core.distributions import Policy, kl
 from agents.core.errors import UserError
 from agents.core.rollout import Experience
-from agents.on_policy.actor_critic import (
-    OnPolicyActorCritic,
-    OnPolicyConfig,
-    Ranges,
-    Samples,
-    mean_metrics,
-    normalized,
-    not_negative,
-)
+from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
+from agents.on_policy.config import OnPolicyConfig, Ranges, not_negative
+from agents.on_policy.losses import normalized
 
 Pairs = Literal["baseline", "sampled"]
 

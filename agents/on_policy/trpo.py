@@ -33,16 +33,9 @@ from agents.core import policy_gradient, trust_region
 from agents.core.agent import Observation
 from agents.core.distributions import Policy, kl
 from agents.core.rollout import Experience
-from agents.on_policy.actor_critic import (
-    OnPolicyActorCritic,
-    OnPolicyConfig,
-    Ranges,
-    Samples,
-    at_least_one,
-    mean_metrics,
-    normalized,
-    not_negative,
-)
+from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
+from agents.on_policy.config import OnPolicyConfig, Ranges, at_least_one, not_negative
+from agents.on_policy.losses import normalized
 
 MOST_AT_ONCE = 1024
 """Steps whose graph is held in memory at once; sums over a rollout do not depend on it."""

@@ -30,15 +30,9 @@ from agents.core import policy_gradient
 from agents.core.agent import Observation
 from agents.core.distributions import Gaussian, Policy, kl
 from agents.core.rollout import Experience
-from agents.on_policy.actor_critic import (
-    OnPolicyActorCritic,
-    OnPolicyConfig,
-    Ranges,
-    Samples,
-    mean_metrics,
-    normalized,
-    positive,
-)
+from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
+from agents.on_policy.config import OnPolicyConfig, Ranges, positive
+from agents.on_policy.losses import normalized
 
 SMALLEST = 1e-8
 """Below this no dual falls (the paper's projection)."""

@@ -14,7 +14,7 @@ from agents.core.agent import as_observation
 from agents.core.distributions import Categorical, Gaussian
 from agents.core.errors import UserError
 from agents.core.rollout import Rollout
-from agents.on_policy.actor_critic import regularization_loss
+from agents.on_policy.losses import regularization_loss
 from agents.on_policy.ppo import PPO, SURROGATES, PPOConfig
 
 ENVS, STEPS = 3, 16

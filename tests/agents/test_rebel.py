@@ -10,7 +10,7 @@ import torch
 
 from agents.core.distributions import Categorical, Gaussian, kl
 from agents.core.errors import UserError
-from agents.on_policy.actor_critic import normalized
+from agents.on_policy.losses import normalized
 from agents.on_policy.rebel import REBEL, REBELConfig, baseline_loss, sampled_loss
 from tests.agents.test_ppo import (
     BOTH,

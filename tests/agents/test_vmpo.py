@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from agents.core.distributions import Categorical, Gaussian, kl
 from agents.core.errors import UserError
-from agents.on_policy.actor_critic import normalized
+from agents.on_policy.losses import normalized
 from agents.on_policy.vmpo import SMALLEST, VMPO, VMPOConfig, divergences
 from tests.agents.test_ppo import (
     BOTH,
