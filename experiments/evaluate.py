@@ -45,7 +45,7 @@ from experiments.imports import add_import_flag, import_for_run
 from experiments.rollouts import Episodes, random_policy, run_episodes
 from experiments.runs import git_commit
 from experiments.settings import check_device
-from experiments.unfinished import MEDIA, Unfinished, weights_of
+from experiments.unfinished import MEDIA, Unfinished, unfinished, weights_of
 from wrappers.distraction.presets import make_distraction
 
 PROCEDURAL = "procedural"
@@ -188,6 +188,8 @@ def evaluate_policy(
         raise UserError(f"--name is '{name}'; give a name without folders")
     beside = source.with_name(f"{source.stem}-{name}.json")
     check_out(out, overwrite=overwrite)
+    if out is not None and out.suffix != ".json":  # media get a folder of that name without it
+        raise UserError(f"--out {out}: give a file that ends in .json")
     file = out or (beside if is_zip(source) else source / "evaluations" / f"{name}.json")
     if file.exists() and not overwrite:
         raise UserError(
@@ -210,49 +212,54 @@ def evaluate_policy(
     }
     keywords = {**task, "split": split, "videos": videos, "seed": seed}
     key = {**about, "env": keywords, "weights": weights_of(policy), "commit": git_commit()}
-    unfinished = Unfinished(file, key)
     names = (RANDOM, *dict.fromkeys(distractions))
-    rows = {name: unfinished.row(name, media=media and name != RANDOM) for name in names}
-    if done := [name for name, row in rows.items() if row is not None]:
-        print(f"going on with an evaluation that was stopped: done are {', '.join(done)}")
-    bar = tqdm(total=episodes * len(rows), unit="episode", disable=None, leave=False)
-    try:
-        for name in [name for name, row in rows.items() if row is None]:
-            bar.set_description(name)
-            before = bar.n
-            with closing(
-                envs.make_vec(
-                    num_envs=num_envs,
-                    workers=min(workers, num_envs),
-                    imports=imports,
-                    **keywords | {"distraction": None if name in (RANDOM, "clean") else name},
-                )
-            ) as vector:
-                seen = _episodes(
-                    None if name == RANDOM else policy,
-                    vector,
-                    episodes,
-                    seed,
-                    record=media,
-                    progress=lambda count, start=before: bar.update(start + count - bar.n),
-                )
-            row = _row(seen)
-            if seen.frames:
-                _write_media(unfinished.folder, name, seen, policy)
-            unfinished.add(name, row)
-            rows[name] = row
-    except KeyboardInterrupt:
-        left = [name for name, row in rows.items() if row is None]
-        raise KeyboardInterrupt(
-            f"stopped; to do are {', '.join(left)}: the same command goes on there"
-        ) from None
-    finally:
-        bar.close()
-    result = {**about, "results": {name: rows[name] for name in names[1:]}}
-    result["random_policy"] = rows[RANDOM]
-    unfinished.publish(result)
+    with unfinished(file, key) as kept:
+        rows = {name: kept.row(name, media=media and name != RANDOM) for name in names}
+        if done := [name for name, row in rows.items() if row is not None]:
+            print(f"going on with an evaluation that was stopped: done are {', '.join(done)}")
+        bar = tqdm(total=episodes * len(rows), unit="episode", disable=None, leave=False)
+        try:
+            for name in [name for name, row in rows.items() if row is None]:
+                bar.set_description(name)
+                before = bar.n
+                with closing(
+                    envs.make_vec(
+                        num_envs=num_envs,
+                        workers=min(workers, num_envs),
+                        imports=imports,
+                        **keywords | {"distraction": None if name in (RANDOM, "clean") else name},
+                    )
+                ) as vector:
+                    seen = _episodes(
+                        None if name == RANDOM else policy,
+                        vector,
+                        episodes,
+                        seed,
+                        record=media,
+                        progress=lambda count, start=before: bar.update(start + count - bar.n),
+                    )
+                rows[name] = _keep(kept, name, seen, policy)
+        except KeyboardInterrupt:
+            left = [name for name, row in rows.items() if row is None]
+            raise KeyboardInterrupt(
+                f"stopped; to do are {', '.join(left)}: the same command goes on there"
+            ) from None
+        finally:
+            bar.close()
+        result = {**about, "results": {name: rows[name] for name in names[1:]}}
+        result["random_policy"] = rows[RANDOM]
+        kept.publish(result)
     print(summary(result))
     return file
+
+
+def _keep(kept: Unfinished, name: str, seen: Episodes, policy: Policy) -> dict[str, Any]:
+    """Keep what an evaluation saw under a distraction, and return its row."""
+    row = _row(seen)
+    if seen.frames:
+        _write_media(kept.folder, name, seen, policy)
+    kept.add(name, row)
+    return row
 
 
 def _episodes(
@@ -309,7 +316,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _write_media(folder: Path, distraction: str, seen: Episodes, policy: Policy) -> None:
     """Write <distraction>.mp4 and <distraction>_saliency.png."""
-    folder.mkdir(parents=True, exist_ok=True)
     frames = enlarge(np.stack(seen.frames))
     iio.imwrite(folder / MEDIA[0].format(distraction), frames, fps=25, macro_block_size=2)
     if not seen.observations:

@@ -79,28 +79,43 @@ def check_free(folder: Path) -> None:
 
 
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Be the only process that trains in a run folder; others may read it.
+def lock_folder(folder: Path, *, busy: str, what: str = "folder") -> Iterator[None]:
+    """Be the only process that writes in a folder; others may read it.
 
     The kernel holds the lock, and lets go of it however the process ends: a kill leaves nothing that would have to be
     removed by hand. The file stays.
 
+    Args:
+        folder: it exists.
+        busy: what to say where another process holds the lock.
+        what: the folder is.
+
     Raises:
-        UserError: another process trains there, or the folder cannot be written.
+        UserError: another process holds the lock, or the folder cannot be written.
     """
     try:
         file = (folder / LOCK).open("a")
     except OSError as error:
-        raise UserError(f"cannot write into run folder '{folder}': {error.strerror}") from error
+        raise UserError(f"cannot write into {what} '{folder}': {error.strerror}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"run folder '{folder}' is in use: another process trains in it; stop that one, or wait until it ends"
-            ) from None
-        except OSError:  # some network file systems know no locks; training there is no mistake
+            raise UserError(busy) from None
+        except OSError:  # some network file systems know no locks; writing there is no mistake
             pass
+        yield
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Be the only process that trains in a run folder; see `lock_folder`.
+
+    Raises:
+        UserError: another process trains there, or the folder cannot be written.
+    """
+    busy = f"run folder '{folder}' is in use: another process trains in it; stop that one, or wait until it ends"
+    with lock_folder(folder, busy=busy, what="run folder"):
         yield
 
 

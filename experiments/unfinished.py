@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from agents import Policy
-from experiments.runs import write_json
+from agents.core.errors import UserError
+from experiments.runs import LOCK, lock_folder, write_json
 
 MEDIA = ("{}.mp4", "{}_saliency.png")
 """Files beside a result, by the distraction's name."""
+
+ROWS = "rows.json"
+"""The key, and the rows that are done."""
 
 
 def weights_of(policy: Policy) -> str:
@@ -34,28 +38,55 @@ def weights_of(policy: Policy) -> str:
     return checksum.hexdigest()
 
 
-class Unfinished:
-    """Rows and media of an evaluation that is under way.
+@contextmanager
+def unfinished(file: Path, key: Mapping[str, Any]) -> Iterator[Unfinished]:
+    """Make an evaluation alone: two of one name would take each other's rows and films for their own.
 
     Args:
         file: the result that it becomes.
         key: everything that decides a row but the distraction; rows of another key are thrown away.
 
+    Raises:
+        UserError: another process is at it, or its folder cannot be written or holds what is not ours.
+    """
+    folder = file.with_name(f"{file.stem}.partial")
+    give = "give another name, or --out"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"cannot write into '{folder}': {error.strerror}; {give}") from error
+    if found and not found & {LOCK, ROWS}:
+        raise UserError(f"'{folder}' holds something else than an evaluation's parts; {give}")
+    busy = f"another process is writing '{file}'; wait until it ends, or {give}"
+    with lock_folder(folder, busy=busy):
+        try:
+            yield Unfinished(file, folder, key)
+        finally:
+            if not (folder / ROWS).is_file():  # nothing to go on with
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class Unfinished:
+    """Rows and media of an evaluation that is under way; see `unfinished`.
+
     Attributes:
         folder: where media are written.
     """
 
-    def __init__(self, file: Path, key: Mapping[str, Any]) -> None:
-        self.file, self.folder = file, file.with_name(f"{file.stem}.partial")
+    def __init__(self, file: Path, folder: Path, key: Mapping[str, Any]) -> None:
+        self.file, self.folder = file, folder
         self._key = json.loads(json.dumps(key))
         self._rows: dict[str, Any] = {}
         found: Any = None
         with suppress(OSError, ValueError):  # none, or one that another version wrote
-            found = json.loads((self.folder / "rows.json").read_text())
+            found = json.loads((folder / ROWS).read_text())
         if isinstance(found, dict) and found.get("key") == self._key:
             self._rows = found["rows"]
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for path in folder.iterdir():
+            if path.name != LOCK:
+                path.unlink()
 
     def row(self, name: str, *, media: bool) -> dict[str, Any] | None:
         """Return a finished row; None where it, or the video that is asked for, is not there."""
@@ -66,7 +97,7 @@ class Unfinished:
     def add(self, name: str, row: Mapping[str, Any]) -> None:
         """Keep a row whose media are written."""
         self._rows[name] = row
-        write_json(self.folder / "rows.json", {"key": self._key, "rows": self._rows})
+        write_json(self.folder / ROWS, {"key": self._key, "rows": self._rows})
 
     def publish(self, result: Mapping[str, Any]) -> None:
         """Write the result, with its media beside it; those of a result that it replaces go, other files stay."""

@@ -246,6 +246,59 @@ def test_a_stopped_evaluation_of_something_else_is_begun_anew(
     assert begun[3:] == (todo if again else [None, *todo])
 
 
+def test_two_evaluations_of_one_name_do_not_take_each_others_films(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = envs.make_vec
+    told: list[int] = []
+
+    def make_vec(*args: Any, **keywords: Any) -> VectorEnv:
+        if keywords["distraction"] == "video_hard" and not told:
+            # Other episodes under the same name, which once threw away what was there.
+            told.append(main([str(run), *WORDS, "--episodes", "1"]))
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(envs, "make_vec", make_vec)
+    assert main([str(run), *WORDS]) == 0
+    assert told == [2]
+    assert "another process is writing" in capsys.readouterr().err
+    assert len(media(run / "evaluations" / "it")) == 6
+
+
+def test_a_folder_of_somebody_elses_is_not_taken_for_a_stopped_evaluation(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine.partial" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("chapter 1")
+    assert main([str(run), *WORDS, "--out", str(tmp_path / "mine.json")]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert own.read_text() == "chapter 1"
+    assert not (tmp_path / "mine.json").exists()
+
+
+def test_a_result_that_its_media_would_stand_in_the_way_of_is_refused_before_the_work(
+    run: Path, tmp_path: Path, begun: list[str | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert main([str(run), *WORDS, "--out", str(tmp_path / "result")]) == 2
+    assert "ends in .json" in capsys.readouterr().err
+    assert begun == []
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_evaluation_that_cannot_begin_leaves_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_vec(*args: Any, **keywords: Any) -> VectorEnv:
+        raise RuntimeError("no GL")
+
+    monkeypatch.setattr(envs, "make_vec", make_vec)
+    with pytest.raises(RuntimeError, match="no GL"):
+        main([str(run), *WORDS])
+    assert list((run / "evaluations").iterdir()) == []
+
+
 def test_overwriting_removes_the_media_of_the_replaced_result_only(run: Path) -> None:
     file = evaluate_run(run, **FLAGS, workers=0, name="it")
     folder = file.with_suffix("")
