@@ -21,8 +21,8 @@ def at_least_one(value: Any) -> bool:
 
 
 def not_negative(value: Any) -> bool:
-    """Whether a number is a weight or a distance."""
-    return bool(value >= 0)
+    """Whether a number is a weight or a distance; infinity is none."""
+    return bool(0 <= value < math.inf)
 
 
 def positive(value: Any) -> bool:

@@ -22,12 +22,15 @@ Differences from the paper:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import gymnasium as gym
 import torch
 from torch import Tensor
+from torch.backends import cudnn
 
 from agents.core import policy_gradient, trust_region
 from agents.core.agent import Observation
@@ -150,8 +153,16 @@ class TRPO(OnPolicyActorCritic):
         before = trust_region.flattened(parameters).detach()
         gradient = self.gradient(experience, parts)
         few = self.some(experience, parts)
+
+        def divergences() -> Iterator[Tensor]:
+            for part in few:
+                # cuDNN's recurrent layers cannot be differentiated twice, PyTorch's own can.
+                with cudnn.flags(enabled=False) if config.memory_size else nullcontext():
+                    divergence = part.share * self.compare(experience, part).kl.mean()
+                yield divergence
+
         product = trust_region.damped_curvature(
-            lambda: (part.share * self.compare(experience, part).kl.mean() for part in few),
+            divergences,
             parameters,
             config.damping,
         )

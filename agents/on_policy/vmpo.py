@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from agents.core import policy_gradient
 from agents.core.agent import Observation
 from agents.core.distributions import Gaussian, Policy, kl
+from agents.core.errors import UserError
 from agents.core.rollout import Experience
 from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
-from agents.on_policy.config import OnPolicyConfig, Ranges, positive
+from agents.on_policy.config import OnPolicyConfig, Ranges
 from agents.on_policy.losses import normalized
 
 SMALLEST = 1e-8
@@ -65,12 +66,11 @@ class VMPOConfig(OnPolicyConfig):
     RANGES: ClassVar[Ranges] = (
         ("minibatch_size", lambda value: value >= 2, "at least 2: a batch is halved"),
         (
-            "epsilon_temperature epsilon_policy epsilon_covariance",
+            "epsilon_temperature epsilon_policy epsilon_covariance initial_temperature initial_multiplier "
+            "dual_learning_rate",
             lambda value: 0 < value < math.inf,
             "a positive number",
         ),
-        ("initial_temperature initial_multiplier", positive, "a positive number"),
-        ("dual_learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
     )
 
 
@@ -126,6 +126,10 @@ class VMPO(OnPolicyActorCritic):
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
+        if config.rollout_length * num_envs < 2:
+            raise UserError(
+                "a rollout of one step has no better half; give rollout_length 2 or more"
+            )
         super().__init__(
             observation_space, action_space, config, num_envs=num_envs, device=device, seed=seed
         )

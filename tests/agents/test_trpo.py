@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from torch.backends import cudnn
 
 from agents.core import trust_region
 from agents.core.distributions import kl
 from agents.core.errors import UserError
 from agents.on_policy import trpo
+from agents.on_policy.memory import Memory
 from agents.on_policy.trpo import TRPO, TRPOConfig
 from tests.agents.test_ppo import (
     BOTH,
@@ -174,3 +176,34 @@ def test_impossible_settings_are_refused(field, value):
     with pytest.raises(UserError, match=field) as refused:
         dataclasses.replace(TINY, **{field: value})
     assert "\n" not in str(refused.value)
+
+
+def test_a_memory_is_differentiated_twice_without_cudnn_and_only_then(monkeypatch):
+    """cuDNN's recurrent layers have no second derivative; the rest of an update keeps what is fast."""
+    allowed = []
+    real = Memory.forward
+
+    def forward(self, *args, **keywords):
+        allowed.append(cudnn.enabled)
+        return real(self, *args, **keywords)
+
+    monkeypatch.setattr(Memory, "forward", forward)
+    agent = build(memory_size=6)
+    experience = collect(agent, STATE, CONTINUOUS).experience()
+    allowed.clear()
+    assert agent.update(experience)["trust_region/failed"] == 0
+    # As many products as there are iterations, and one for the length of the step.
+    assert allowed.count(False) == TINY.cg_iterations + 1
+    assert cudnn.enabled
+    allowed.clear()
+    agent.gradient(experience, agent.parts(experience, agent.credit(experience)))
+    assert all(allowed)
+
+
+@pytest.mark.gpu
+def test_a_memory_takes_the_policys_step_on_a_gpu():
+    agent = TRPO(
+        STATE, CONTINUOUS, dataclasses.replace(TINY, memory_size=6), num_envs=ENVS, device="cuda"
+    )
+    metrics = agent.update(collect(agent, STATE, CONTINUOUS).experience())
+    assert metrics["trust_region/failed"] == 0

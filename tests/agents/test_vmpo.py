@@ -189,6 +189,9 @@ def test_a_minibatch_of_one_step_is_left_out():
         ("epsilon_policy", -1.0),
         ("epsilon_covariance", math.nan),
         ("initial_temperature", 0.0),
+        ("initial_temperature", math.inf),
+        ("initial_multiplier", math.inf),
+        ("value_coefficient", math.inf),
         ("initial_multiplier", -1.0),
         ("dual_learning_rate", 0.0),
     ],
@@ -204,3 +207,10 @@ def test_discrete_policies_have_one_kl():
     parts = divergences(Categorical(logits[0]), Categorical(logits[1]))
     assert list(parts) == ["policy"]
     assert list(build(action_space=DISCRETE).duals.multipliers) == ["policy"]
+
+
+def test_a_rollout_that_cannot_be_halved_is_refused_before_it_begins():
+    config = dataclasses.replace(TINY, rollout_length=1)
+    with pytest.raises(UserError, match="rollout_length 2 or more"):
+        VMPO(STATE, CONTINUOUS, config, num_envs=1)
+    VMPO(STATE, CONTINUOUS, config, num_envs=2)
