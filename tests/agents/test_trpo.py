@@ -207,3 +207,16 @@ def test_a_memory_takes_the_policys_step_on_a_gpu():
     )
     metrics = agent.update(collect(agent, STATE, CONTINUOUS).experience())
     assert metrics["trust_region/failed"] == 0
+
+
+def test_a_fisher_matrix_of_few_steps_is_still_a_mean(monkeypatch):
+    """Weighed as in the whole rollout, fewer steps would be a smaller matrix, and steps too long."""
+    monkeypatch.setattr(trpo, "MOST_AT_ONCE", 8)
+    agent = build(fisher_fraction=0.3)
+    experience = collect(agent, STATE, CONTINUOUS).experience()
+    parts = agent.parts(experience, agent.credit(experience))
+    few = agent.some(experience, parts)
+    count = sum(len(part.index) for part in few)
+    assert len(few) > 1
+    assert 0.3 * ENVS * STEPS <= count <= 0.5 * ENVS * STEPS
+    assert [part.share for part in few] == [len(part.index) / count for part in few]
