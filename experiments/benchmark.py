@@ -203,13 +203,11 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
     if not file.is_file():
         return
     words = [*_method(job), *flags, *job.flags]
-    found = read_config(job.results)
-    if job.agent.startswith(BASELINE):
-        config = baseline.new_config(vars(baseline.parser().parse_args(words)))
-    else:
-        config = train.new_config(vars(train.parser(job.agent).parse_args(words)))
-        found = with_new_fields(found)
-    wanted = json.loads(json.dumps(config))
+    is_baseline = job.agent.startswith(BASELINE)
+    command = baseline if is_baseline else train
+    parser = baseline.parser() if is_baseline else train.parser(job.agent)
+    wanted = json.loads(json.dumps(command.new_config(vars(parser.parse_args(words)))))
+    found = with_new_fields(read_config(job.results), wanted)
     for part in ("agent", "label", "env", "vector", "train", "configs"):
         if (where := difference(found.get(part), wanted.get(part), part)) is not None:
             raise UserError(
@@ -228,19 +226,31 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
         )
 
 
-def with_new_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's config with the fields that later versions added: a run without them had their defaults."""
+def with_new_fields(config: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's config with the fields that later versions added: a run without them had their defaults.
+
+    Args:
+        config: config.json of the run.
+        wanted: the config that this version would write; it has the fields.
+    """
+    agent = config["agent"].removeprefix(BASELINE)
+    own = {type(own).__name__: to_dict(own) for own in find(agent).configs}
     defaults = {
         "env": asdict(Settings(config["env"]["id"])),
         "vector": asdict(VectorSettings()),
-        "train": asdict(loop_settings(config["agent"])),
+        "train": asdict(loop_settings(agent)),
     }
-    known = {name: {**default, **config[name]} for name, default in defaults.items()}
+
+    def complete(found: dict[str, Any], new: dict[str, Any], default: dict[str, Any]) -> Any:
+        return {name: default[name] for name in new if name in default} | found
+
+    parts = {name: complete(config[name], wanted[name], defaults[name]) for name in defaults}
     configs = {
-        type(own).__name__: {**to_dict(own), **config["configs"][type(own).__name__]}
-        for own in find(config["agent"]).configs
+        name: complete(config["configs"][name], fields, own[name])
+        for name, fields in wanted["configs"].items()
+        if name in config["configs"]
     }
-    return {**config, **known, "configs": configs}
+    return {**config, **parts, "configs": configs}
 
 
 def _check_results(out: Path, jobs: Sequence[Job]) -> None:

@@ -270,6 +270,9 @@ def test_a_grid_trains_each_agent_by_its_own_command(tmp_path: Path) -> None:
     (job.folder / "config.json").write_text(json.dumps(config))
     assert benchmark._training(job, [], [])[2] == "experiments.baseline", "it begins again"
     benchmark.check_same(job, ["--steps", "500"], 10, ["clean"])
+    del config["env"]["action_chunk"]  # a version before it wrote none
+    (job.folder / "config.json").write_text(json.dumps(config))
+    benchmark.check_same(job, ["--steps", "500"], 10, ["clean"])
     with pytest.raises(UserError, match="train/steps"):
         benchmark.check_same(job, ["--steps", "600"], 10, ["clean"])
     (job.folder / "model.zip").touch()
