@@ -1,79 +1,31 @@
-"""What all training loops share: step, store, log, evaluate, save, resume exactly.
+"""What the training loops that act share: step, store, count episodes, and keep the environments' states.
 
-How an action is chosen and when an agent learns is each loop's own, see `agents.core.loops`.
+How an action is chosen and when an agent learns is each loop's own, see `agents.core.loops`; logging, evaluation and
+checkpoints are every loop's, see `agents.core.run_loop`.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.core.agent import Agent
 from agents.core.checkpoints import CheckpointStore, save_tree
 from agents.core.errors import DivergedError, NotFiniteError, UserError
-from agents.core.logging import Logger, Progress
+from agents.core.logging import Logger
 from agents.core.replay import Replay
+from agents.core.run_loop import Hooks, LoopSettings, LoopState, RunLoop
 
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long and how often."""
-
-    steps: int = 500_000
-    """Agent steps in all, over all environments; with --resume, the new total."""
-    log_every: int = 500
-    """Agent steps between lines of metrics; metrics stay on the device between."""
-    eval_every: int = 10_000
-    """Agent steps between evaluations on the training task; 0 for none."""
-    eval_episodes: int = 5
-    """Episodes per such evaluation."""
-    checkpoint_every: int = 10_000
-    """Agent steps between checkpoints (one is always saved at the end)."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept besides the best."""
-    exact_resume: bool = True
-    """Keep the environments' states in checkpoints; without, a resumed run begins new episodes (for tasks whose state
-    cannot be read)."""
-
-    def __post_init__(self) -> None:
-        """Reject values that no loop can run with."""
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "eval_episodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
-        if not self.eval_every >= 0:
-            raise UserError(f"eval_every is {self.eval_every}; give 0 or more")
-
-
-@dataclass
-class LoopState:
-    """What the loop itself must remember between checkpoints."""
-
-    progress: Progress = field(default_factory=Progress)
-    update_debt: float = 0.0
-    best_return: float = -math.inf
-    episodes: int = 0
-    dropped: int = 0  # transitions that were thrown away with a worker that died or hung
-
-    def to_tree(self) -> dict[str, Any]:
-        """Return the state as a tree."""
-        return {name: value for name, value in vars(self).items() if name != "progress"}
-
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any], progress: Mapping[str, Any]) -> LoopState:
-        """Rebuild a state."""
-        return cls(progress=Progress(**progress), **tree)
+__all__ = ["Choice", "Hooks", "LoopSettings", "LoopState", "TrainingLoop"]
 
 
 @dataclass(frozen=True)
@@ -88,24 +40,7 @@ class Choice:
     """What the store keeps beside it."""
 
 
-@dataclass
-class Hooks:
-    """What a script adds to the loop.
-
-    Attributes:
-        evaluate: returns scalars by tag; the one that ends in `/return_mean` picks the best checkpoint.
-        render_seconds: total time that the environments spent rendering.
-        stop: asked after every step; True saves and returns.
-        line: prints one line for a person (progress bars permitting).
-    """
-
-    evaluate: Callable[[Progress], Mapping[str, float]] | None = None
-    render_seconds: Callable[[], float] | None = None
-    stop: Callable[[], bool] = lambda: False
-    line: Callable[[str], None] = tqdm.write
-
-
-class TrainingLoop(ABC):
+class TrainingLoop(RunLoop):
     """Trains an agent on a vector environment.
 
     Attributes:
@@ -141,44 +76,67 @@ class TrainingLoop(ABC):
         seed: int,
         hooks: Hooks | None = None,
     ) -> None:
-        self.agent, self.envs, self.replay = agent, envs, replay
-        self.settings, self.logger, self.checkpoints = settings, logger, checkpoints
+        super().__init__(agent, settings, logger=logger, checkpoints=checkpoints, hooks=hooks)
+        self.envs, self.replay = envs, replay
+        self.store = replay
         self.action_repeat = action_repeat
-        self.hooks = hooks or Hooks()
-        self.device = next(iter(agent.networks().values())).parameters().__next__().device
-        self.state = LoopState()
         self.random = np.random.default_rng(seed)
         self.seed = seed
         self.observation: Any = None
         self.agent_state: Any = None  # what `act` is given next
-        self._saved = -1  # agent steps of the newest checkpoint
-        self.metrics: list[dict[str, Tensor]] = []
         self._returns: list[float] = []
         self._lengths: list[float] = []
         self._seconds = {"environment": 0.0, "update": 0.0, "act": 0.0}
 
-    def resume(self, parts: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's parts, after the checkpoint store has restored the replay."""
-        self.agent.load_state_dict(parts["agent"])
-        self.state = LoopState.from_tree(parts["loop"], parts["progress"])
+    @property
+    def stride(self) -> int:
+        """See `RunLoop.stride`."""
+        return self.envs.num_envs
+
+    def set_own_parts(self, parts: Mapping[str, Any]) -> None:
+        """See `RunLoop.set_own_parts`."""
         self.random.bit_generator.state = parts["random"]
-        if "unlogged" in parts:  # what the next line of metrics averages over; once it was not kept
-            unlogged = parts["unlogged"]
-            self._returns, self._lengths = unlogged["returns"], unlogged["lengths"]
-            self.metrics = [
-                {name: value}
-                for name, values in unlogged["metrics"].items()
-                for value in values.to(self.device)
-            ]
-        self._saved = steps = self.state.progress.agent_steps
         if self.settings.exact_resume and "environments" in parts:
             self.envs.set_state(parts["environments"])  # type: ignore[attr-defined]
             self.observation = parts["observation"]
             self.set_memories(parts.get("memories", {}))
         else:  # other episodes than the earlier parts of the run began with
+            steps = self.state.progress.agent_steps
             self._reset(int(np.random.SeedSequence((self.seed, steps)).generate_state(1)[0]))
 
-    def begin(self) -> None:
+    def own_parts(self, *, environments: bool) -> dict[str, Any]:
+        """See `RunLoop.own_parts`."""
+        parts: dict[str, Any] = {"random": self.random.bit_generator.state}
+        if environments and self.settings.exact_resume:
+            parts["environments"] = self.envs.get_state()  # type: ignore[attr-defined]
+            parts["observation"] = self.observation
+            parts |= self.further_parts()
+            if memories := self.get_memories():
+                parts["memories"] = memories
+        return parts
+
+    def get_memories(self) -> dict[str, Tensor]:
+        """Return by name what those who act remember of the episodes that are going on; nothing where they do not."""
+        return {} if self.agent_state is None else {"agent": self.agent_state}
+
+    def set_memories(self, memories: Mapping[str, Tensor]) -> None:
+        """Restore what `get_memories` returned; nothing where all episodes begin."""
+        state = memories.get("agent")
+        self.agent_state = None if state is None else state.to(self.device)
+
+    def begin_episodes(self, begins: np.ndarray) -> None:
+        """Forget the episodes before, where bool [N] says that new ones begin."""
+        self.agent_state = self.agent.reset_state(self.agent_state, begins)
+
+    def unlogged(self) -> dict[str, Any]:
+        """See `RunLoop.unlogged`."""
+        return {"returns": self._returns, "lengths": self._lengths}
+
+    def set_unlogged(self, unlogged: Mapping[str, Any]) -> None:
+        """See `RunLoop.set_unlogged`."""
+        self._returns, self._lengths = unlogged["returns"], unlogged["lengths"]
+
+    def start(self) -> None:
         """Begin the first episodes, and make sure that checkpoints can be written later.
 
         Raises:
@@ -221,84 +179,6 @@ class TrainingLoop(ABC):
             raise UserError(
                 f"checkpoints cannot keep the state of this task ({why}); {self.without_state}"
             ) from error
-
-    def run(self) -> LoopState:
-        """Train until `settings.steps` (or until asked to stop), save, and return the state."""
-        progress, settings = self.state.progress, self.settings
-        if self.observation is None:
-            self.begin()
-        self._log_mark = (time.perf_counter(), progress.agent_steps, self._rendered())
-        self._started = time.perf_counter() - progress.wall_seconds
-        bar = tqdm(
-            total=settings.steps,
-            initial=progress.agent_steps,
-            unit="step",
-            disable=None,
-            smoothing=0.05,
-        )
-        while progress.agent_steps < settings.steps and not self.hooks.stop():
-            try:
-                self._step()
-            except UserError:
-                # Such as a video that cannot be read: the environments are in the middle of a step.
-                if self._saved != progress.agent_steps:
-                    self.save(environments=False)
-                raise
-            progress.wall_seconds = time.perf_counter() - self._started
-            bar.update(progress.agent_steps - bar.n)
-            # The last line comes before the last checkpoint: what is in it must not be counted again after a resume
-            # with more steps. A run that is asked to stop writes none: its next line is whole when it goes on.
-            if self._due(settings.log_every) or progress.agent_steps >= settings.steps:
-                self._log(bar)
-            if settings.eval_every and self._due(settings.eval_every):
-                self._evaluate()
-            if self._due(settings.checkpoint_every):
-                self.save()
-        if self._saved != progress.agent_steps:
-            self.save()
-        bar.close()
-        return self.state
-
-    def save(self, *, environments: bool = True) -> None:
-        """Write a checkpoint; a state that is not finite is never written.
-
-        Args:
-            environments: keep their states too, if the settings say so; without, a resumed run begins new episodes.
-        """
-        self._check_finite()
-        self.logger.flush()
-        parts = {
-            "agent": self.agent.state_dict(),
-            "progress": vars(self.state.progress).copy(),
-            "loop": self.state.to_tree(),
-            "random": self.random.bit_generator.state,
-            "unlogged": {
-                "metrics": self._stacked_metrics(),
-                "returns": self._returns,
-                "lengths": self._lengths,
-            },
-        }
-        if environments and self.settings.exact_resume:
-            parts["environments"] = self.envs.get_state()  # type: ignore[attr-defined]
-            parts["observation"] = self.observation
-            parts |= self.further_parts()
-            if memories := self.get_memories():
-                parts["memories"] = memories
-        self.checkpoints.save(self.state.progress.agent_steps, parts, self.replay)
-        self._saved = self.state.progress.agent_steps
-
-    def get_memories(self) -> dict[str, Tensor]:
-        """Return by name what those who act remember of the episodes that are going on; nothing where they do not."""
-        return {} if self.agent_state is None else {"agent": self.agent_state}
-
-    def set_memories(self, memories: Mapping[str, Tensor]) -> None:
-        """Restore what `get_memories` returned; nothing where all episodes begin."""
-        state = memories.get("agent")
-        self.agent_state = None if state is None else state.to(self.device)
-
-    def begin_episodes(self, begins: np.ndarray) -> None:
-        """Forget the episodes before, where bool [N] says that new ones begin."""
-        self.agent_state = self.agent.reset_state(self.agent_state, begins)
 
     @abstractmethod
     def choose(self) -> Choice:
@@ -367,57 +247,13 @@ class TrainingLoop(ABC):
         taken = final["control_steps"][final["_control_steps"]]
         return int(np.sum(self.action_repeat - taken))
 
-    def _due(self, every: int) -> bool:
-        """Whether this step passed a multiple of `every`."""
-        steps = self.state.progress.agent_steps
-        return steps // every > (steps - self.envs.num_envs) // every
-
-    def _read_metrics(self) -> dict[str, float]:
-        """Average the metrics since the last call: the one place where they leave the device."""
-        means = {name: values.mean() for name, values in self._stacked_metrics().items()}
-        values = torch.stack(list(means.values())).tolist() if means else []
-        self.metrics.clear()
-        return dict(zip(means, values, strict=True))
-
-    def _stacked_metrics(self) -> dict[str, Tensor]:
-        """Return every metric's values since the last logged line, float32 [updates that gave it]."""
-        names = {name for metrics in self.metrics for name in metrics}
-        return {
-            name: torch.stack([m[name].float() for m in self.metrics if name in m])
-            for name in sorted(names)
-        }
-
-    def _check_finite(self) -> None:
-        """Refuse to save an agent that has diverged."""
-        steps = self.state.progress.agent_steps
-        for name, values in self._stacked_metrics().items():
-            if not (finite := torch.isfinite(values)).all():
-                bad = values[~finite][0]
-                raise DivergedError(
-                    f"{name} is {bad} at agent step {steps}; the last checkpoint is kept"
-                )
-        for name, network in self.agent.networks().items():
-            for key, tensor in network.state_dict().items():
-                if not torch.isfinite(tensor).all():
-                    raise DivergedError(f"{name}.{key} is not finite; the last checkpoint is kept")
-
-    def _log(self, bar: tqdm) -> None:
-        progress = self.state.progress
-        values = self._read_metrics()
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise DivergedError(
-                    f"{name} is {value} at agent step {progress.agent_steps}; training stops, the last "
-                    "checkpoint is kept (lower a learning rate, or use --precision fp32)"
-                )
-        clock, rendered = time.perf_counter(), self._rendered()
-        seconds = max(clock - self._log_mark[0], 1e-9)
-        steps = max(progress.agent_steps - self._log_mark[1], 1)
-        values |= {
+    def numbers(self, seconds: float, steps: int) -> dict[str, float]:
+        """See `RunLoop.numbers`."""
+        values = {
             "time/steps_per_second": steps / seconds,
             "time/fps": steps * self.action_repeat / seconds,
             "time/env_ms": 1000 * self._seconds["environment"] / steps,
-            "time/render_ms": 1000 * (rendered - self._log_mark[2]) / steps,
+            "time/render_ms": 1000 * (self._rendered() - self._log_mark[2]) / steps,
             "time/update_ms": 1000 * self._seconds["update"] / steps,
             "time/act_ms": 1000 * self._seconds["act"] / steps,
             "replay/transitions": float(len(self.replay)),
@@ -425,51 +261,25 @@ class TrainingLoop(ABC):
         if self._returns:
             values["train/episode_return"] = float(np.mean(self._returns))
             values["train/episode_length"] = float(np.mean(self._lengths))
-            bar.set_postfix_str(f"return {values['train/episode_return']:.1f}")
         if failures := getattr(self.envs, "worker_failures", 0):
             values["environments/worker_failures"] = float(failures)
         if self.state.dropped:
             values["environments/dropped_transitions"] = float(self.state.dropped)
-        self.logger.scalars(values, progress)
-        self.logger.flush()
-        if bar.disable:
-            self._print_line(values)
         self._returns, self._lengths = [], []
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        self._log_mark = (clock, progress.agent_steps, rendered)
+        return values
 
-    def _print_line(self, values: Mapping[str, float]) -> None:
+    def postfix(self, values: Mapping[str, float]) -> str:
+        """See `RunLoop.postfix`."""
+        episode = values.get("train/episode_return")
+        return "" if episode is None else f"return {episode:.1f}"
+
+    def line(self, values: Mapping[str, float], minutes_left: float) -> str:
+        """See `RunLoop.line`."""
         progress = self.state.progress
-        left = (self.settings.steps - progress.agent_steps) / values["time/steps_per_second"]
         episode = values.get("train/episode_return")
         shown = "      -" if episode is None else f"{episode:7.1f}"
-        self.hooks.line(
+        return (
             f"step {progress.agent_steps:>8,}  updates {progress.gradient_updates:>8,}  "
-            f"return {shown}  {values['time/fps']:6.0f} frames/s  {left / 60:5.1f} min left"
+            f"return {shown}  {values['time/fps']:6.0f} frames/s  {minutes_left:5.1f} min left"
         )
-
-    def _evaluate(self) -> None:
-        if self.hooks.evaluate is None:
-            return
-        progress, clock = self.state.progress, time.perf_counter()
-        values = self.hooks.evaluate(progress)
-        self.logger.scalars(values, progress)
-        score = max((v for k, v in values.items() if k.endswith("/return_mean")), default=-math.inf)
-        if score > self.state.best_return:
-            self._check_finite()
-            self.state.best_return = score
-            weights = {
-                "agent": self.agent.state_dict(weights_only=True),
-                "progress": vars(progress).copy(),
-            }
-            self.checkpoints.save_best(progress.agent_steps, weights)
-        self.hooks.line(
-            f"step {progress.agent_steps:>8,}  evaluation: "
-            + "  ".join(f"{k.removeprefix('eval/')} {v:.1f}" for k, v in values.items())
-        )
-        # Training speed is reported without the time that evaluation took.
-        mark, steps, rendered = self._log_mark
-        self._log_mark = (mark + time.perf_counter() - clock, steps, rendered)
-
-    def _rendered(self) -> float:
-        return self.hooks.render_seconds() if self.hooks.render_seconds else 0.0
