@@ -17,6 +17,14 @@ from agents.core.agent import Agent
 from agents.core.errors import UserError
 from agents.core.training import TrainingLoop
 from agents.core.vines import VineLoop
+from agents.generative_policies.gaussian import GaussianConfig
+from agents.generative_policies.imitation import (
+    DIFFUSION_POLICY,
+    DenoisingImitationConfig,
+    LearningConfig,
+    behavior_cloning,
+    denoising_imitation,
+)
 from agents.off_policy.critic_methods import MethodConfig
 from agents.off_policy.ddpg import DDPG, DDPGConfig
 from agents.off_policy.sac import SAC, SACConfig
@@ -39,6 +47,7 @@ class AgentSpec:
         summary: one line for `--help`.
         on_policy: it is an `OnPolicyAgent`, learns from rollouts, and `build` also takes num_envs=.
         loop: what trains it; None is the loop of its kind.
+        offline: it is an `OfflineAgent` and learns from demonstrations.
     """
 
     build: Callable[..., Agent]
@@ -46,6 +55,7 @@ class AgentSpec:
     summary: str
     on_policy: bool = False
     loop: type[TrainingLoop] | None = None
+    offline: bool = False
 
 
 def _actor_critic(base: type) -> Callable[..., Agent]:
@@ -108,6 +118,24 @@ AGENTS: dict[str, AgentSpec] = {
     "polychromic": AgentSpec(
         PolychromicPPO, (PolychromicConfig(),), "PPO on sets of trajectories that succeed and differ",
         on_policy=True, loop=VineLoop,
+    ),
+    "diffusion-policy": AgentSpec(
+        denoising_imitation,
+        (DIFFUSION_POLICY, LearningConfig()),
+        "Diffusion Policy, from demonstrations",
+        offline=True,
+    ),
+    "flow-policy": AgentSpec(
+        denoising_imitation,
+        (DenoisingImitationConfig(), LearningConfig()),
+        "chunks of actions by rectified flow, from demonstrations",
+        offline=True,
+    ),
+    "bc": AgentSpec(
+        behavior_cloning,
+        (GaussianConfig(), LearningConfig()),
+        "Gaussian behavior cloning, from demonstrations",
+        offline=True,
     ),
 }  # fmt: skip
 

@@ -104,6 +104,9 @@ class Agent(ABC):
     def set_progress(self, agent_steps: int) -> None:  # noqa: B027 - most agents have no schedule
         """Tell schedules how far training is; called by the loop before it acts."""
 
+    def seed_actions(self, seed: int) -> None:  # noqa: B027 - most agents draw nothing when they do not explore
+        """Draw the actions that follow from a fresh stream, so that an evaluation does not depend on the one before."""
+
     def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
         """Return where the agent looks when it chooses an action.
 

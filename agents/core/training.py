@@ -192,10 +192,10 @@ class TrainingLoop(RunLoop):
         """Return what checkpoints keep beside the environments' states, by name."""
         return {}
 
-    def learn_meanwhile(self) -> None:  # noqa: B027 - nothing to do by default
+    def learn_meanwhile(self) -> None:
         """Learn while the environments step."""
 
-    def learn_afterwards(self) -> None:  # noqa: B027 - nothing to do by default
+    def learn_afterwards(self) -> None:
         """Learn when their step is stored."""
 
     def _step(self) -> None:

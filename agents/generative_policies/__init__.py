@@ -1,0 +1,1 @@
+"""Policies that draw chunks of actions: by denoising, or from a Gaussian."""

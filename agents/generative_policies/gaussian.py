@@ -1,0 +1,116 @@
+"""A Gaussian over chunks of actions: the usual behavior cloning, which cannot keep two ways of doing a thing apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from agents.core.agent import Observation
+from agents.core.chain_steps import Generators, standard_normal
+from agents.core.demonstrations import Demonstrations
+from agents.core.errors import UserError
+from agents.core.networks import mlp
+from agents.generative_policies.conditions import ConditionConfig, ConditionEncoder
+from agents.generative_policies.policy import read_chunks
+
+
+@dataclass(frozen=True)
+class GaussianConfig(ConditionConfig):
+    """What a Gaussian policy is made of."""
+
+    horizon: int = 16
+    """H, actions that are predicted at once; at least those of the task's chunk."""
+    width: int = 512
+    """Hidden units of each layer (DPPO's Gaussian baselines: 512)."""
+    blocks: int = 2
+    """Hidden layers."""
+    smallest_std: float = 0.05
+    """Floor of the spread, which would go to 0 where a demonstrator is always the same."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no policy can be built with."""
+        for name in ("horizon", "width", "blocks", "feature_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        if not self.smallest_std > 0:
+            raise UserError(f"smallest_std is {self.smallest_std}; give a positive number")
+
+
+class GaussianPolicy(nn.Module):
+    """N(mean(observation), std^2) over chunks [B, H, A], with one spread for every action of a chunk.
+
+    Args:
+        spaces: of the observation's parts; see `fields.observation_boxes`.
+        action_space: the environment's, see `policy.read_chunks`.
+        config: what it is made of.
+
+    Raises:
+        UserError: a chunk is shorter than what the environment executes.
+    """
+
+    def __init__(
+        self,
+        spaces: Mapping[str, gym.spaces.Box],
+        action_space: gym.Space,
+        config: GaussianConfig,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.chunks = read_chunks(action_space)
+        if config.horizon < self.chunks.executed:
+            raise UserError(
+                f"horizon is {config.horizon}, but the task executes chunks of {self.chunks.executed} actions; raise "
+                "--horizon or lower --action-chunk"
+            )
+        self.shape = (config.horizon, self.chunks.action)
+        self.condition = ConditionEncoder(spaces, config)
+        size = math.prod(self.shape)
+        self.mean = mlp([self.condition.out_features, *[config.width] * config.blocks, size])
+        self.log_std = nn.Parameter(torch.full(self.shape, -1.0))
+
+    def prepare(self, demonstrations: Demonstrations) -> None:
+        """Take the ranges of states from data."""
+        self.condition.fit(demonstrations)
+
+    def forward(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        """Return the mean [B, H, A] and the spread [H, A]."""
+        mean = self.mean(self.condition(observation)).unflatten(1, self.shape)
+        return mean, self.log_std.exp().clamp(min=self.config.smallest_std)
+
+    def loss(
+        self,
+        observation: Observation,
+        chunk: Tensor,
+        generator: torch.Generator,
+        *,
+        mask: Tensor | None = None,
+        draws: int = 1,
+    ) -> Tensor:
+        """Return -log N(chunk) per action and dimension, [B]: the mean over what the mask [B, H] counts.
+
+        Nothing is drawn; `generator` and `draws` are what losses of other policies need.
+        """
+        mean, std = self(observation)
+        error = 0.5 * ((chunk - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)
+        if mask is None:
+            return error.flatten(1).mean(1)
+        counted = mask.unsqueeze(-1).expand_as(error)
+        return (error * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+
+    def sample(
+        self,
+        observation: Observation,
+        generator: Generators | None = None,
+        *,
+        previous: Tensor | None = None,
+    ) -> Tensor:
+        """Return chunks [B, H, A] in [-1, 1]: drawn with a generator, the mean without."""
+        mean, std = self(observation)
+        if generator is not None:
+            mean = mean + std * standard_normal(mean.shape, generator, device=mean.device)
+        return mean.clamp(-1, 1)

@@ -1,0 +1,266 @@
+"""Imitation: Diffusion Policy, flow policy and Gaussian behavior cloning, which differ by settings and by their policy.
+
+Diffusion Policy (Chi et al. 2023, https://arxiv.org/abs/2303.04137) learns to remove noise from demonstrated chunks of
+actions; with rectified flow (Liu et al. 2023, https://arxiv.org/abs/2209.03003) the same network says the velocity.
+An average of the parameters acts: it predicts H actions, of which the environment executes h.
+
+Differences from the paper's code:
+
+- The learning rate stays as it is after its warm-up; there a cosine brings it to 0. A run can so go on with more
+  steps, and the average of the parameters calms the policy as the decay does.
+- Chunks begin with the action at the newest picture; there they begin at the oldest one of the stack.
+- A stack's pictures lie h actions apart, as an environment of chunks shows them; there they are neighbors.
+- Random shifts (DrQ) instead of random crops; the picture keeps its size.
+- Actions past an episode's end are not learned unless `mask_padding` is off; there the last one is repeated.
+- Actions are those of the task, in [-1, 1], and not stretched to the range of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agents.core.agent import Observation, ReplaySettings
+from agents.core.demonstrations import ChunkBatch, Demonstrations
+from agents.core.errors import UserError
+from agents.core.fields import observation_boxes
+from agents.core.offline import OfflineAgent
+from agents.core.parameter_averages import ParameterAverage
+from agents.generative_policies.gaussian import GaussianConfig, GaussianPolicy
+from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
+
+ChunkPolicy = DenoisingPolicy | GaussianPolicy
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """How imitation learns; defaults from Diffusion Policy unless a field says otherwise."""
+
+    batch_size: int = 256
+    """Samples per gradient step."""
+    learning_rate: float = 1e-4
+    """AdamW step size (DPPO 1e-3 from states)."""
+    weight_decay: float = 1e-6
+    """AdamW weight decay."""
+    warmup: int = 500
+    """Gradient steps until the learning rate is whole."""
+    max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this norm (LeRobot's diffusion policy 10)."""
+    ema_decay: float = 0.999
+    """Largest share that the acting average keeps in a step (Diffusion Policy .9999, DPPO .995)."""
+    ema_power: float = 0.75
+    """How fast the average's share grows to it; 0 for the same share throughout."""
+    pad: int = 4
+    """Largest random shift of pictures in pixels at 84 x 84, scaled with the picture; 0 for none (DrQ 4)."""
+    mask_padding: bool = True
+    """Learn only actions that were taken, not the last one repeated beyond an episode's end (ACT; Diffusion Policy
+    learns these too)."""
+
+    def __post_init__(self) -> None:
+        """Reject values that nothing can be learned with."""
+        for name in ("batch_size", "learning_rate", "max_gradient_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        for name in ("weight_decay", "warmup", "pad"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+
+
+@dataclass(frozen=True)
+class DenoisingImitationConfig(DenoisingConfig):
+    """A denoising policy that imitates."""
+
+    draws: int = 1
+    """Pairs of noise and time for each sample of a batch, which share one pass through the encoder (BEHAVIOR 2025's
+    winner 15)."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no policy can be built with."""
+        super().__post_init__()
+        if self.draws < 1:
+            raise UserError(f"draws is {self.draws}; give a positive number")
+
+
+DIFFUSION_POLICY = DenoisingImitationConfig(
+    path="diffusion", prediction="noise", rule="posterior", clip_x0=1.0
+)
+"""Chi et al.'s diffusion, acting by DDIM."""
+
+
+class Imitation(OfflineAgent):
+    """Learns to act as demonstrations do.
+
+    Args:
+        observation_space: pixels, state, other vectors, or a Dict of these.
+        action_space: Box [A], or [h, A] of an environment that takes chunks.
+        policy: what learns.
+        learning: how.
+        device: where networks live.
+        seed: of weights, noise and augmentation.
+        draws: noise levels for each sample of a batch.
+        inpaint: begin a chunk with what the last one predicted.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        make_policy: Callable[[dict[str, gym.spaces.Box], gym.Space], ChunkPolicy],
+        learning: LearningConfig,
+        *,
+        draws: int = 1,
+        inpaint: bool = False,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.learning, self.draws, self.inpaint = learning, draws, inpaint
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.acting = torch.Generator(self.device).manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
+            self.policy = make_policy(observation_boxes(observation_space), action_space)
+        self.policy.to(self.device)
+        self.chunks = self.policy.chunks
+        self.horizon, self.executed = self.policy.config.horizon, self.chunks.executed
+        self.average: ParameterAverage[Any] = ParameterAverage(
+            self.policy, decay=learning.ema_decay, power=learning.ema_power
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=learning.learning_rate,
+            betas=(0.95, 0.999),
+            weight_decay=learning.weight_decay,
+        )
+        self.replay_settings = ReplaySettings(learning.batch_size, 1, 1.0)
+
+    def prepare(self, demonstrations: Demonstrations) -> None:
+        """Take ranges and correlations of the data.
+
+        Raises:
+            UserError: no episode is as long as a chunk.
+        """
+        if demonstrations.longest < self.executed:
+            raise UserError(
+                f"a chunk of {self.executed} actions is longer than the longest episode, which has "
+                f"{demonstrations.longest}; lower --action-chunk"
+            )
+        self.policy.prepare(demonstrations)
+        self.average.module.load_state_dict(self.policy.state_dict())
+
+    def set_progress(self, agent_steps: int) -> None:
+        """Warm the learning rate up."""
+        learning = self.learning
+        share = min(1.0, (agent_steps + 1) / learning.warmup) if learning.warmup else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * learning.learning_rate
+
+    def update(self, batch: ChunkBatch) -> dict[str, Tensor]:
+        """Take one gradient step, and move the average."""
+        observation = self.policy.condition.shift(
+            batch.observation, self.generator, self.learning.pad
+        )
+        mask = batch.mask if self.learning.mask_padding else None
+        loss = self.policy.loss(
+            observation, batch.chunk, self.generator, mask=mask, draws=self.draws
+        ).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.learning.max_gradient_norm)
+        self.optimizer.step()
+        self.average.update(self.policy)
+        return {"loss/imitation": loss.detach(), "gradient/norm": norm.detach()}
+
+    @torch.no_grad()
+    def act(
+        self, observation: Observation, state: Any = None, *, explore: bool
+    ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
+        """Draw chunks; a Gaussian policy that does not explore gives its mean.
+
+        The state, where chunks are inpainted, is what was predicted beyond the executed actions: [B, H - h, A], with NaN
+        in rows whose episode begins.
+
+        Returns:
+            Actions float32 [B, h, A] (or [B, A] where the environment takes no chunks), the next state, and no extras.
+        """
+        policy = self.average.module
+        draws = isinstance(policy, DenoisingPolicy) or explore
+        chunk = policy.sample(
+            observation,
+            self.acting if draws else None,
+            previous=state if self.inpaint else None,
+        )
+        executed = chunk[:, : self.executed] if self.chunks.is_chunk else chunk[:, 0]
+        left = chunk[:, self.executed :] if self.inpaint else None
+        return executed.cpu().numpy(), left, {}
+
+    def reset_state(self, state: Tensor | None, begins: np.ndarray) -> Tensor | None:
+        """Return a state that knows no last chunk where episodes begin.
+
+        Args:
+            state: see `act`.
+            begins: bool [B].
+        """
+        if state is None:
+            return None
+        mask = torch.as_tensor(begins, device=state.device)
+        return state.masked_fill(mask.view(-1, 1, 1), torch.nan)
+
+    def seed_actions(self, seed: int) -> None:
+        """Draw the next actions from a fresh stream; see `Agent.seed_actions`."""
+        self.acting.manual_seed(seed)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return what learns and what acts."""
+        return {"policy": self.policy, "average": self.average}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizer to save."""
+        return {"policy": self.optimizer}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return the generator that acts."""
+        return {"acting": self.acting.get_state()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the generator that acts."""
+        self.acting.set_state(state["acting"].cpu())
+
+
+def denoising_imitation(
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    config: DenoisingImitationConfig,
+    learning: LearningConfig,
+    **keywords: Any,
+) -> Imitation:
+    """Build an agent whose policy denoises."""
+
+    def make_policy(spaces: dict[str, gym.spaces.Box], actions: gym.Space) -> DenoisingPolicy:
+        return DenoisingPolicy(spaces, actions, config)
+
+    return Imitation(
+        observation_space, action_space, make_policy, learning,
+        draws=config.draws, inpaint=config.inpaint, **keywords,
+    )  # fmt: skip
+
+
+def behavior_cloning(
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    config: GaussianConfig,
+    learning: LearningConfig,
+    **keywords: Any,
+) -> Imitation:
+    """Build an agent whose policy is a Gaussian."""
+
+    def make_policy(spaces: dict[str, gym.spaces.Box], actions: gym.Space) -> GaussianPolicy:
+        return GaussianPolicy(spaces, actions, config)
+
+    return Imitation(observation_space, action_space, make_policy, learning, **keywords)

@@ -1,0 +1,444 @@
+"""One policy that denoises chunks of actions, for imitation, fine-tuning and as somebody's frozen base.
+
+`DenoisingPolicy` is an encoder of observations, a network that denoises, and what both are used with: a path, a
+prediction, and samplers. It knows its loss (per sample, and at given noise and times, as FPO needs it), draws chunks (with
+the whole chain, as DPPO and ReinFlow need it) and says how likely a chain is under its parameters now.
+
+Chunks are [B, H, A] in [-1, 1]: H actions are predicted, of which an environment executes the first h (receding horizon).
+Sampling times and the times of log-probabilities are one grid: that of the `Sampler` that both take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from agents.core.agent import Observation
+from agents.core.chain_steps import Fixed, Generators, Limits, standard_normal
+from agents.core.demonstrations import Demonstrations
+from agents.core.denoisers import DiTDenoiser, MLPDenoiser
+from agents.core.denoising import TimeDistribution, corrupt, draw_times, squared_error
+from agents.core.errors import UserError
+from agents.core.noise_paths import (
+    CosineVP,
+    DiscreteVP,
+    LinearVP,
+    Path,
+    Prediction,
+    RectifiedFlow,
+)
+from agents.core.sampling import Chain, Denoiser, Sampler
+from agents.core.step_rules import Euler, FlowSDE, Heun, Posterior, StepRule
+from agents.core.temporal_unet import UNetDenoiser
+from agents.generative_policies.conditions import ConditionConfig, ConditionEncoder
+from agents.generative_policies.noise import ChunkNoise
+
+PathName = Literal["flow", "diffusion", "cosine", "linear"]
+RuleName = Literal["euler", "heun", "posterior", "flow_sde"]
+DenoiserName = Literal["mlp", "unet", "dit"]
+
+
+@dataclass(frozen=True)
+class DenoisingConfig(ConditionConfig):
+    """What a denoising policy is made of, and how it draws."""
+
+    horizon: int = 16
+    """H, actions that are predicted at once (Diffusion Policy 16, DPPO 4 or 8); at least those of the task's chunk."""
+    path: PathName = "flow"
+    """From data to noise: rectified flow, a diffusion of `train_steps`, or one in continuous time (cosine, linear)."""
+    train_steps: int = 100
+    """Noise levels of the path `diffusion` (Diffusion Policy 100, DPPO 20)."""
+    prediction: Prediction = "velocity"
+    """What the network says of a noisy chunk (flows: velocity; Diffusion Policy: noise)."""
+    times: TimeDistribution = "uniform"
+    """How training times are drawn (uniform; pi0 beta)."""
+    times_first: float = 1.5
+    """First number of the times' distribution (pi0 1.5; the mean of a logit_normal, 0)."""
+    times_second: float = 1.0
+    """Second number of the times' distribution (1; the spread of a logit_normal, 1)."""
+    denoiser: DenoiserName = "mlp"
+    """The network: residual MLP (DPPO), 1-D U-Net (Diffusion Policy), diffusion transformer (CogACT)."""
+    width: int = 512
+    """Hidden units of the MLP, features of the transformer (DPPO 512, DiT-S 384)."""
+    blocks: int = 2
+    """Residual blocks of the MLP, blocks of the transformer (DPPO 1, DiT-S 12)."""
+    heads: int = 4
+    """Attention heads of the transformer."""
+    channels: tuple[int, ...] = (256, 512, 1024)
+    """Channels of the U-Net's resolutions (Diffusion Policy from states)."""
+    time_features: int = 32
+    """Length of the time's embedding in MLP (DPPO 16 or 32) and U-Net (Diffusion Policy 128 or 256)."""
+    rule: RuleName = "euler"
+    """How a chain steps when the policy acts: euler or heun (no noise on the way), posterior (DDIM to DDPM), flow_sde."""
+    denoising_steps: int = 10
+    """Steps of a chain when the policy acts (FPO 10; Diffusion Policy's robots 10 to 16)."""
+    noise_level: float = 0.0
+    """Noise on the way: eta of posterior (0 DDIM, 1 DDPM), a of flow_sde (Flow-GRPO .7)."""
+    min_std: float = 0.0
+    """Floor of the noise on the way, where a rule has any (DPPO .1 while it explores)."""
+    start_noise: float = 1.0
+    """Factor of the noise that chains start from when the policy acts; 0 is FPO++'s zero-noise sampling."""
+    clip_x0: float = 0.0
+    """Largest chunk that is predicted on the way (Diffusion Policy 1); 0 clips only what comes out, to 1."""
+    noise_correlation: float = 0.0
+    """Share of the demonstrated chunks' correlation in the noise (BEHAVIOR 2025's winner .5); 0 is white noise."""
+    inpaint: bool = False
+    """Begin a chunk with what the last one had predicted for these actions (needs horizon above the task's chunk)."""
+    inpaint_until: float = 0.3
+    """Noise level below which inpainted actions are free again (BEHAVIOR 2025's winner .3; 0 keeps them as they were)."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no policy can be built with."""
+        for name in (
+            "horizon train_steps width blocks heads time_features denoising_steps feature_dim"
+        ).split():
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        for name in ("noise_level", "min_std", "start_noise", "clip_x0"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.inpaint_until <= 1:
+            raise UserError(f"inpaint_until is {self.inpaint_until}; give a time from 0 to 1")
+        if self.noise_correlation and self.clip_x0:
+            raise UserError(
+                "correlated noise runs in coordinates of its own, where clip_x0 has no meaning; set one of them to 0"
+            )
+
+
+class Chunks(NamedTuple):
+    """What an action space says of chunks."""
+
+    executed: int
+    """h, actions of a step of the environment."""
+    action: int
+    """A."""
+    is_chunk: bool
+    """Whether the environment takes [h, A]; otherwise [A]."""
+
+
+def read_chunks(space: gym.Space) -> Chunks:
+    """Return what an environment's actions are: Box [A], or [h, A] of one that takes chunks.
+
+    Raises:
+        UserError: others.
+    """
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) not in (1, 2):
+        raise UserError(f"policies of chunks take Box [A] or [h, A] actions, not {space}")
+    executed = space.shape[0] if len(space.shape) == 2 else 1
+    return Chunks(executed, space.shape[-1], len(space.shape) == 2)
+
+
+def make_path(config: DenoisingConfig) -> Path:
+    """Return the path that a config names."""
+    if config.path == "flow":
+        return RectifiedFlow()
+    if config.path == "diffusion":
+        return DiscreteVP(config.train_steps)
+    return CosineVP() if config.path == "cosine" else LinearVP()
+
+
+def make_rule(name: RuleName, noise_level: float) -> StepRule:
+    """Return a step rule by name.
+
+    Raises:
+        UserError: a noise level that the rule does not know.
+    """
+    if name == "posterior":
+        return Posterior(noise_level)
+    if name == "flow_sde":
+        return FlowSDE(noise_level)
+    if noise_level:
+        raise UserError(f"rule {name} has no noise, but noise_level is {noise_level}; set it to 0")
+    return Euler() if name == "euler" else Heun()
+
+
+def make_denoiser(config: DenoisingConfig, chunks: Chunks, condition: int) -> nn.Module:
+    """Return the network that a config names, for chunks [B, horizon, A] and conditions [B, condition]."""
+    if config.denoiser == "mlp":
+        return MLPDenoiser(
+            config.horizon,
+            chunks.action,
+            condition,
+            hidden=config.width,
+            blocks=config.blocks,
+            time_features=config.time_features,
+        )
+    if config.denoiser == "unet":
+        return UNetDenoiser(
+            chunks.action,
+            condition,
+            widths=config.channels,
+            time_features=config.time_features,
+        )
+    return DiTDenoiser(
+        chunks.action, condition, features=config.width, blocks=config.blocks, heads=config.heads
+    )
+
+
+class DenoisingPolicy(nn.Module):
+    """A distribution over chunks of actions given an observation.
+
+    Args:
+        spaces: of the observation's parts; see `fields.observation_boxes`.
+        action_space: the environment's, see `read_chunks`.
+        config: what it is made of.
+
+    Attributes:
+        condition: observation -> float32 [B, C].
+        denoiser: (chunk [B, H, A], t [B], condition [B, C]) -> prediction [B, H, A], in the actions' own coordinates.
+        noise: how noise is correlated; None where it is white.
+        path: data to noise.
+        acting: the sampler of the config.
+
+    Raises:
+        UserError: a chunk is shorter than what the environment executes, or a setting does not fit another.
+    """
+
+    def __init__(
+        self,
+        spaces: Mapping[str, gym.spaces.Box],
+        action_space: gym.Space,
+        config: DenoisingConfig,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.chunks = read_chunks(action_space)
+        if config.horizon < self.chunks.executed:
+            raise UserError(
+                f"horizon is {config.horizon}, but the task executes chunks of {self.chunks.executed} actions; raise "
+                "--horizon or lower --action-chunk"
+            )
+        if config.inpaint and config.horizon == self.chunks.executed:
+            raise UserError(
+                f"nothing is left to inpaint with: horizon and chunk are both {config.horizon}; raise --horizon"
+            )
+        self.shape = (config.horizon, self.chunks.action)
+        self.condition = ConditionEncoder(spaces, config)
+        self.denoiser = make_denoiser(config, self.chunks, self.condition.out_features)
+        self.noise: ChunkNoise | None = None
+        if config.noise_correlation:
+            self.noise = ChunkNoise(*self.shape, config.noise_correlation)
+        self.path = make_path(config)
+        self.acting = self.sampler()
+
+    def prepare(self, demonstrations: Demonstrations) -> None:
+        """Take the ranges of states and the correlation of chunks from data."""
+        self.condition.fit(demonstrations)
+        if self.noise is not None:
+            self.noise.fit(batch.chunk for batch in demonstrations.batches(1024))
+
+    def sampler(
+        self,
+        rule: StepRule | None = None,
+        *,
+        steps: int | None = None,
+        limits: Limits | None = None,
+    ) -> Sampler:
+        """Return a sampler of this policy; what is not given is the config's.
+
+        Args:
+            rule: of its steps.
+            steps: how many.
+            limits: clips and floors; chunks are cut to [-1, 1] in any case.
+
+        Raises:
+            UserError: they do not go together.
+        """
+        config = self.config
+        return Sampler(
+            self.path,
+            config.prediction,
+            rule or make_rule(config.rule, config.noise_level),
+            self.path.times(steps or config.denoising_steps),
+            limits or Limits(x0=config.clip_x0 or None, min_std=config.min_std),
+        )
+
+    # ------------------------------------------------------------------------------------ learning
+
+    def loss(
+        self,
+        observation: Observation,
+        chunk: Tensor,
+        generator: torch.Generator,
+        *,
+        mask: Tensor | None = None,
+        draws: int = 1,
+    ) -> Tensor:
+        """Return the denoising loss of every sample, [B], at random noise and times.
+
+        Args:
+            observation: see `ConditionEncoder`.
+            chunk: [B, H, A], what was done.
+            generator: of noise and times, on the device.
+            mask: bool [B, H], actions that count; None is all.
+            draws: pairs of noise and time a sample, which share one pass through the encoder.
+        """
+        config = self.config
+        condition = self.condition(observation)
+        if draws > 1:
+            condition, chunk = (x.repeat_interleave(draws, 0) for x in (condition, chunk))
+            mask = None if mask is None else mask.repeat_interleave(draws, 0)
+        t = draw_times(
+            self.path,
+            len(chunk),
+            generator,
+            distribution=config.times,
+            first=config.times_first,
+            second=config.times_second,
+            device=chunk.device,
+        )
+        noise = standard_normal(chunk.shape, generator, device=chunk.device)
+        return self.loss_at(condition, chunk, noise, t, mask=mask).view(-1, draws).mean(1)
+
+    def loss_at(
+        self,
+        condition: Tensor,
+        chunk: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the denoising loss [B] at given standard normal noise [B, H, A] and times [B]."""
+        colored = noise if self.noise is None else self.noise.color(noise)
+        x, target = corrupt(self.path, self.config.prediction, chunk, colored, t)
+        counted = None if mask is None else mask.unsqueeze(-1)
+        return squared_error(self.denoiser(x, t, condition), target, mask=counted)
+
+    # ------------------------------------------------------------------------------------- acting
+
+    def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Return the network's prediction in the coordinates that chains run in; see `noise`."""
+        if self.noise is None:
+            return self.denoiser(x, t, condition)
+        return self.noise.whiten(self.denoiser(self.noise.color(x), t, condition))
+
+    def start(self, count: int, generator: Generators | None, device: torch.device) -> Tensor:
+        """Return what chains start from, [count, H, A] in their coordinates.
+
+        Raises:
+            UserError: noise without a generator.
+        """
+        shape = (count, *self.shape)
+        if self.config.start_noise == 0:
+            return torch.zeros(shape, device=device)
+        if generator is None:
+            raise UserError("chains start from noise; give a generator, or set start_noise to 0")
+        return self.config.start_noise * standard_normal(shape, generator, device=device)
+
+    def sample(
+        self,
+        observation: Observation,
+        generator: Generators | None = None,
+        *,
+        sampler: Sampler | None = None,
+        previous: Tensor | None = None,
+        noise_network: Denoiser | None = None,
+    ) -> Tensor:
+        """Return chunks [B, H, A] in [-1, 1].
+
+        Args:
+            observation: see `ConditionEncoder`.
+            generator: of all noise; chains without any need none.
+            sampler: another than the config's.
+            previous: [B, O, A], what is to be done first as far as it was decided, for inpainting; rows of NaN for
+                none.
+            noise_network: see `Sampler.step`.
+        """
+        condition, sampler = self.condition(observation), sampler or self.acting
+        x = self.start(len(condition), generator, condition.device)
+        until = 0
+        if previous is not None:
+            levels = [point.t for point in sampler.points[1:]]
+            until = sum(t >= self.config.inpaint_until for t in levels)
+        if until:
+            assert previous is not None
+            fixed = self._fixed(previous, x)
+            x = sampler.sample(
+                self.denoise, x, condition, generator,
+                steps=range(until), fixed=fixed, noise_network=noise_network,
+            )  # fmt: skip
+        if until < sampler.steps:
+            x = sampler.sample(
+                self.denoise, x, condition, generator,
+                steps=range(until, sampler.steps), noise_network=noise_network,
+            )  # fmt: skip
+        return self._done(x)
+
+    def chain(
+        self,
+        observation: Observation,
+        generator: Generators | None = None,
+        *,
+        sampler: Sampler | None = None,
+        noise_network: Denoiser | None = None,
+    ) -> Chain:
+        """Return chunks with the chains that led to them: `data` [B, H, A] in [-1, 1], samples in chains' coordinates.
+
+        Arguments as of `sample`.
+        """
+        condition, sampler = self.condition(observation), sampler or self.acting
+        start = self.start(len(condition), generator, condition.device)
+        chain = sampler.chain(
+            self.denoise, start, condition, generator, noise_network=noise_network
+        )
+        return dataclasses.replace(chain, data=self._done(chain.data))
+
+    def log_prob(
+        self,
+        observation: Observation,
+        chain: Chain,
+        *,
+        sampler: Sampler | None = None,
+        noise_network: Denoiser | None = None,
+    ) -> Tensor:
+        """Return the log-probabilities of a chain's steps under the parameters now, [len(stochastic), B, H, A].
+
+        Args:
+            observation: in which the chain was drawn.
+            chain: of `chain`.
+            sampler: that drew it.
+            noise_network: see `Sampler.step`.
+
+        Raises:
+            UserError: no step of the chain draws noise.
+        """
+        condition, sampler = self.condition(observation), sampler or self.acting
+        if not chain.stochastic:
+            raise UserError(
+                "no step of the chain draws noise, so it has no log-probability; use rule posterior or flow_sde with "
+                "a noise_level above 0"
+            )
+        return torch.stack(
+            [
+                sampler.log_prob(
+                    self.denoise,
+                    chain.samples[index - chain.first],
+                    chain.samples[index - chain.first + 1],
+                    index,
+                    condition,
+                    noise_network=noise_network,
+                )
+                for index in chain.stochastic
+            ]
+        )
+
+    def _fixed(self, previous: Tensor, start: Tensor) -> Fixed:
+        """Return the first actions as coordinates that a chain from `start` does not choose."""
+        known = previous.shape[1]
+        whole = torch.zeros_like(start)
+        whole[:, :known] = previous.nan_to_num()
+        mask = torch.zeros_like(start, dtype=torch.bool)
+        mask[:, :known] = ~previous.isnan()
+        return Fixed(mask, whole if self.noise is None else self.noise.whiten(whole), start)
+
+    def _done(self, x: Tensor) -> Tensor:
+        """Return a chain's result as actions."""
+        actions = x if self.noise is None else self.noise.color(x)
+        return actions.clamp(-1, 1)
