@@ -60,7 +60,9 @@ def parser() -> Parser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="act as this run's policy does, greedily")
     source.add_argument("--random", action="store_true", help="take uniform actions")
-    source.add_argument("--expert", action="store_true", help="act as Meta-World's script does")
+    source.add_argument(
+        "--expert", action="store_true", help="act as the task's script does: metaworld/ and toy/"
+    )
     source.add_argument("--rerender", metavar="ID", help="draw the episodes of this dataset anew")
     add_import_flag(p)
     p.add_argument("--env", metavar="ID", help="task, with --random or --expert")
@@ -136,9 +138,14 @@ def source(
         about["source"] = "random"
         return settings, about, lambda env: lambda seen, scene: env.action_space.sample()
     family, _, task = given["env"].partition("/")
-    if family != "metaworld":
-        raise UserError(f"--expert is for metaworld/ tasks, not for {given['env']}; use --random")
-    from envs.metaworld_experts import scripted_expert  # imports the simulator
+    if family == "toy":
+        from envs.toy_experts import scripted_expert
+    elif family == "metaworld":
+        from envs.metaworld_experts import scripted_expert  # imports the simulator
+    else:
+        raise UserError(
+            f"--expert is for metaworld/ and toy/ tasks, not for {given['env']}; use --random"
+        )
 
     expert = scripted_expert(task)
     about["source"] = "expert"

@@ -17,16 +17,21 @@ import torch
 
 from agents.core.checkpoints import CheckpointStore
 from agents.policy import read_config, space_from_json
+from agents.registry import find
 from experiments.session import agent_of, make_store
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    """Return everything that a run's newest checkpoint holds, with the whole replay; no wall-clock.
+    """Return everything that a run's newest checkpoint holds, with the whole replay if it has one; no wall-clock.
 
     Raises:
         UserError: no run or no whole checkpoint is there.
     """
     config = read_config(run)
+    if find(config["agent"]).offline:
+        parts = CheckpointStore(run).load()
+        del parts["progress"]["wall_seconds"]
+        return parts
     space = space_from_json(config["spaces"]["observation"])
     action_space = space_from_json(config["spaces"]["action"])
     agent = agent_of(config | {"device": "cpu"}, space, action_space, seed=0)

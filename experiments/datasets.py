@@ -227,11 +227,20 @@ class Dataset:
     def __len__(self) -> int:
         return self._minari.total_episodes
 
+    @property
+    def total_steps(self) -> int:
+        """Actions of all episodes."""
+        return int(self._minari.total_steps)
+
     def __getitem__(self, index: int) -> Episode:
         """Return an episode; `observations` is as Minari gives it (arrays over time)."""
+        return self.read(index)
+
+    def read(self, index: int, *, scenes: bool = True) -> Episode:
+        """Return an episode as `__getitem__` does; without its scenes that is faster."""
         data = self._minari[index]
         (own,) = self._minari.storage.get_episode_metadata([index])
-        scenes = load_tree(self._scenes, f"episode-{index}")
+        columns = load_tree(self._scenes, f"episode-{index}") if scenes else {}
         return Episode(
             own["seed"],
             data.observations,
@@ -240,7 +249,7 @@ class Dataset:
             data.terminations,
             data.truncations,
             data.infos or {},
-            scenes,
+            columns,
         )
 
 

@@ -271,6 +271,7 @@ def _episodes(
         act = random_policy(vector, children["exploration"])
         keywords["record"] = False
         return run_episodes(act, vector, episodes, seed=children["evaluation"], **keywords)
+    policy.agent.seed_actions(children["exploration"])
     look = None if policy.config["env"]["observation"] == "state" else policy.saliency
     keywords |= {"look": look, "begin": policy.begin}
     return run_episodes(policy.act, vector, episodes, seed=children["evaluation"], **keywords)

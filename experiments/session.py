@@ -26,10 +26,10 @@ from agents.core.loops import (
     OffPolicyLoop,
     OffPolicySettings,
     OnPolicyLoop,
-    TrainingLoop,
 )
 from agents.core.replay import Replay
 from agents.core.rollout import TEACHER_ACTION, Rollout
+from agents.core.run_loop import RunLoop
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import from_dict
 from agents.policy import Actor, run_identity, space_to_json
@@ -94,7 +94,7 @@ class Session:
         done = parts["progress"]["agent_steps"] if parts else 0
         self.logger = Logger(self.run, resume_from=done if resume else None)
         loop = self.spec.loop or (OnPolicyLoop if self.spec.on_policy else OffPolicyLoop)
-        self.loop: TrainingLoop = loop(
+        self.loop: RunLoop = loop(
             self.agent,
             self.envs,
             self.replay,
@@ -107,16 +107,20 @@ class Session:
         )
         if isinstance(self.loop, OnPolicyLoop):
             self.loop.teacher = self.teacher
+        self._begin(parts)
+
+    def _begin(self, parts: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint's parts, or begin and complete the run's config."""
         if parts:
             self.loop.resume(parts)
-        else:
-            self.loop.begin()
-            config["spaces"] = {
-                "observation": space_to_json(space),
-                "action": space_to_json(self.envs.single_action_space),
-            }
-            write_json(self.run / "config.json", config)
-            self.logger.text("config", _as_table(config))
+            return
+        self.loop.begin()
+        self.config["spaces"] = {
+            "observation": space_to_json(self.envs.single_observation_space),
+            "action": space_to_json(self.envs.single_action_space),
+        }
+        write_json(self.run / "config.json", self.config)
+        self.logger.text("config", _as_table(self.config))
 
     def __enter__(self) -> Session:
         return self
@@ -152,6 +156,7 @@ class Session:
         device = self.config["device"]
         actor = Actor(self.agent)
         has_pixels = self.config["env"]["observation"] != "state"
+        self.agent.seed_actions(self.evaluation_seed)
         seen = run_episodes(
             actor.act, self._evaluation_envs, episodes, seed=self.evaluation_seed,
             record=has_pixels, begin=actor.begin,
@@ -196,6 +201,14 @@ class Session:
         assert isinstance(learner, OnPolicyAgent)
         rollout = random_rollout(self.envs, learner, self.config["env"]["frame_stack"], device)
         return lambda: learner.update(rollout.experience())
+
+    def account(self) -> str:
+        """Return what the run has taken so far."""
+        progress = self.loop.state.progress
+        return (
+            f"{progress.agent_steps:,} agent steps = {progress.env_frames:,} environment frames, "
+            f"{progress.gradient_updates:,} gradient updates, {progress.wall_seconds / 60:.1f} min"
+        )
 
     def updates_per_step(self) -> float:
         """Return the gradient steps for each agent step."""

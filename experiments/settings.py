@@ -13,6 +13,7 @@ import envs
 from agents.baselines import BASELINE
 from agents.core.errors import UserError
 from agents.core.loops import LoopSettings, OffPolicySettings
+from agents.core.offline import OfflineSettings
 from agents.core.settings import from_dict
 from agents.registry import find
 
@@ -39,9 +40,12 @@ class VectorSettings:
 
 def loop_settings(agent: str) -> LoopSettings:
     """Return the default settings of the loop that trains an agent."""
-    # Stable-Baselines3's agents are no agents of ours, but train as ours do on-policy.
-    on_policy = agent.startswith(BASELINE) or find(agent).on_policy
-    return LoopSettings() if on_policy else OffPolicySettings()
+    if agent.startswith(BASELINE):  # no agents of ours, but they train as ours do on-policy
+        return LoopSettings()
+    spec = find(agent)
+    if spec.offline:
+        return OfflineSettings()
+    return LoopSettings() if spec.on_policy else OffPolicySettings()
 
 
 def read_loop(config: Mapping[str, Any]) -> LoopSettings:

@@ -31,6 +31,7 @@ from agents.policy import SCHEMA, read_config
 from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
+from experiments.imitation_session import ImitationSession
 from experiments.imports import add_import_flag, import_for_run
 from experiments.runs import (
     abandon_run,
@@ -145,6 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def new_config(given: dict[str, Any]) -> dict[str, Any]:
     """Return config.json's content for parsed flags: everything resolved, nothing left to defaults."""
+    if find(given["agent"]).offline:
+        raise UserError(
+            f"agent '{given['agent']}' learns from demonstrations: use python -m experiments.imitate"
+        )
     device = check_device(given["device"])
     protocol = protocol_values(given.get("protocol"), given["env"])
     refuse_what_a_protocol_fixes(given, protocol)
@@ -259,8 +264,9 @@ def _train(
     """Train in a folder that no other process trains in."""
     if not resume:
         begin_run(run, config)
+    make_session = ImitationSession if find(config["agent"]).offline else Session
     try:
-        session = Session(run, config, resume=resume)
+        session = make_session(run, config, resume=resume)
     except BaseException:
         if not resume:
             abandon_run(run, is_new=is_new)
@@ -271,7 +277,7 @@ def _train(
         if resume and state.progress.agent_steps >= session.settings.steps:
             print(
                 f"nothing to do: it has {state.progress.agent_steps:,} of "
-                f"{session.settings.steps:,} agent steps; give more --steps to go on"
+                f"{session.settings.steps:,} {session.loop.unit}s; give more --steps to go on"
             )
             return
         if not stopped():
@@ -280,9 +286,7 @@ def _train(
             print(session.estimate())
         session.train(stopped)
     print(
-        f"{'stopped' if stopped() else 'finished'} after {state.progress.agent_steps:,} agent steps = "
-        f"{state.progress.env_frames:,} environment frames, {state.progress.gradient_updates:,} gradient "
-        f"updates, {state.progress.wall_seconds / 60:.1f} min\n"
+        f"{'stopped' if stopped() else 'finished'} after {session.account()}\n"
         f"next: python -m experiments.evaluate {run}"
     )
 

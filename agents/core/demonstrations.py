@@ -119,19 +119,20 @@ class Demonstrations:
         """What tells these demonstrations from others: a digest of all that was added, in order."""
         return self._hash.hexdigest()
 
-    def add(self, observation: Any, action: Any) -> None:
+    def add(self, observation: Any, action: Any, name: str | None = None) -> None:
         """Add an episode of T actions.
 
         Args:
             observation: what was seen before each action, [T, ...] as the observation space says, or by name; a last
                 one [T + 1] is left out. Of a stack of pictures, however many it has, the newest is kept.
             action: [T, A] in [-1, 1].
+            name: of the episode in messages; its number, where none is given.
 
         Raises:
             UserError: the episode is empty, of other shapes, has a number that is not finite or an action outside
                 [-1, 1]; the text names the episode and the step.
         """
-        name = f"episode {self.episodes}"
+        name = name or f"episode {self.episodes}"
         actions = np.asarray(action, np.float32)
         expected = tuple(self._columns["action"].shape[1:])
         if actions.ndim != 2 or actions.shape[1:] != expected:

@@ -63,6 +63,7 @@ class OfflineLoop(RunLoop):
     """
 
     unit = "gradient step"
+    remedy = "lower --learning-rate"
     agent: OfflineAgent
 
     def __init__(

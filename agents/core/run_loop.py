@@ -1,4 +1,4 @@
-"""What every training loop shares, whatever its steps are: log, evaluate, save, resume, and stop when numbers are not finite."""
+"""What every training loop shares, whatever its steps are: log, evaluate, save, resume, stop at what is not finite."""
 
 from __future__ import annotations
 
@@ -98,10 +98,12 @@ class RunLoop(ABC):
 
     Attributes:
         unit: what a step is called in messages.
+        remedy: what helps when numbers are not finite.
         store: experience that is saved with every checkpoint; None where there is none.
     """
 
     unit: ClassVar[str] = "agent step"
+    remedy: ClassVar[str] = "lower a learning rate, or use --precision fp32"
     store: Replay | None = None
 
     def __init__(
@@ -283,7 +285,7 @@ class RunLoop(ABC):
             if not math.isfinite(value):
                 raise DivergedError(
                     f"{name} is {value} at {self.unit} {progress.agent_steps}; training stops, the last "
-                    "checkpoint is kept (lower a learning rate, or use --precision fp32)"
+                    f"checkpoint is kept ({self.remedy})"
                 )
         clock, rendered = time.perf_counter(), self._rendered()
         seconds = max(clock - self._log_mark[0], 1e-9)

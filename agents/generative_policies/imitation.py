@@ -183,8 +183,8 @@ class Imitation(OfflineAgent):
     ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
         """Draw chunks; a Gaussian policy that does not explore gives its mean.
 
-        The state, where chunks are inpainted, is what was predicted beyond the executed actions: [B, H - h, A], with NaN
-        in rows whose episode begins.
+        The state, where chunks are inpainted, is what was predicted beyond the executed actions: [B, H - h, A], with
+        NaN in rows whose episode begins.
 
         Returns:
             Actions float32 [B, h, A] (or [B, A] where the environment takes no chunks), the next state, and no extras.

@@ -1,10 +1,11 @@
 """One policy that denoises chunks of actions, for imitation, fine-tuning and as somebody's frozen base.
 
 `DenoisingPolicy` is an encoder of observations, a network that denoises, and what both are used with: a path, a
-prediction, and samplers. It knows its loss (per sample, and at given noise and times, as FPO needs it), draws chunks (with
-the whole chain, as DPPO and ReinFlow need it) and says how likely a chain is under its parameters now.
+prediction, and samplers. It knows its loss (per sample, and at given noise and times, as FPO needs it), draws chunks
+(with the whole chain, as DPPO and ReinFlow need it) and says how likely a chain is under its parameters now.
 
-Chunks are [B, H, A] in [-1, 1]: H actions are predicted, of which an environment executes the first h (receding horizon).
+Chunks are [B, H, A] in [-1, 1]: H actions are predicted, of which an environment executes the first h (receding
+horizon).
 Sampling times and the times of log-probabilities are one grid: that of the `Sampler` that both take.
 """
 
@@ -75,7 +76,7 @@ class DenoisingConfig(ConditionConfig):
     time_features: int = 32
     """Length of the time's embedding in MLP (DPPO 16 or 32) and U-Net (Diffusion Policy 128 or 256)."""
     rule: RuleName = "euler"
-    """How a chain steps when the policy acts: euler or heun (no noise on the way), posterior (DDIM to DDPM), flow_sde."""
+    """How a chain steps when the policy acts: euler, heun (no noise on the way), posterior (DDIM to DDPM), flow_sde."""
     denoising_steps: int = 10
     """Steps of a chain when the policy acts (FPO 10; Diffusion Policy's robots 10 to 16)."""
     noise_level: float = 0.0
@@ -91,7 +92,7 @@ class DenoisingConfig(ConditionConfig):
     inpaint: bool = False
     """Begin a chunk with what the last one had predicted for these actions (needs horizon above the task's chunk)."""
     inpaint_until: float = 0.3
-    """Noise level below which inpainted actions are free again (BEHAVIOR 2025's winner .3; 0 keeps them as they were)."""
+    """Time below which inpainted actions are free again (BEHAVIOR 2025's winner .3; 0 keeps them as they were)."""
 
     def __post_init__(self) -> None:
         """Reject values that no policy can be built with."""

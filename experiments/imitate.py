@@ -1,0 +1,255 @@
+"""Imitate demonstrations: Diffusion Policy, flow policy, behavior cloning.
+
+    python -m experiments.collect drawer/expert-v0 --expert --env metaworld/drawer-open --observation both
+    python -m experiments.imitate --agent flow-policy --dataset drawer/expert-v0 --action-chunk 8
+    python -m experiments.imitate --agent bc --dataset drawer/expert-v0 drawer/video-v0 --observation pixels
+    python -m experiments.imitate --resume runs/metaworld-drawer-open/flow-policy-seed1 --steps 40000
+
+The task is the data set's own, taken in chunks of --action-chunk actions, and its first one says how it looks when the
+policy is evaluated on the way; `collect --rerender` shows the same episodes under other distractions, and several data
+sets are learned together. The run folder is like any other: evaluate, record and report take it. Every field of the
+agent's config is a flag; `--help` shows those of the agent that `--agent` names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import envs
+from agents import AGENTS
+from agents.core.errors import UserError
+from agents.core.imports import import_modules
+from agents.core.seeding import spawn_seeds
+from agents.core.settings import argument_docs, to_dict
+from agents.policy import SCHEMA, read_config
+from agents.registry import find
+from envs.settings import Settings
+from experiments.arguments import Parser, add_dataclass, fill, run_command
+from experiments.collect import changed
+from experiments.datasets import Dataset, root_folder
+from experiments.imports import add_import_flag, import_for_run
+from experiments.runs import default_run_dir
+from experiments.settings import VectorSettings, check_device, loop_settings
+from experiments.train import resumed_config, train
+
+DEFAULT_AGENT = "flow-policy"
+DEFAULT_CHUNK = 8
+"""Actions that are executed between two looks (Diffusion Policy)."""
+OF_THE_TASK = (
+    "observation", "frame_stack", "action_chunk", "distraction", "split", "videos", "quality", "episode_length",
+)  # fmt: skip
+"""Settings of a data set's task that may differ when it is imitated."""
+SAME_TASK = ("id", "size", "action_repeat", "camera")
+"""Settings in which data sets that are learned together must not differ."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Published sizes.
+    "gpu": {},
+    # Two cores: a gradient step takes ten to a hundred milliseconds.
+    "cpu": {
+        "denoiser": "mlp",
+        "width": 256,
+        "time_features": 32,
+        "encoder": "small",
+        "batch_size": 128,
+        "learning_rate": 5e-4,
+    },
+    # Seconds, to see that everything works.
+    "debug": {
+        "denoiser": "mlp",
+        "width": 32,
+        "blocks": 1,
+        "time_features": 16,
+        "encoder": "small",
+        "feature_dim": 8,
+        "batch_size": 8,
+        "denoising_steps": 2,
+        "warmup": 10,
+        "steps": 100,
+        "log_every": 20,
+        "eval_every": 50,
+        "eval_episodes": 1,
+        "checkpoint_every": 50,
+    },
+}
+"""Values that replace the defaults of the fields they name, in whichever config has them."""
+
+
+def parser(agent: str) -> Parser:
+    """Return the command's parser, with the flags of one agent."""
+    spec = find(agent)
+    p = Parser(prog="python -m experiments.imitate", description=__doc__)
+    known = {name: s.summary for name, s in AGENTS.items() if s.offline}
+    p.add_argument("--agent", default=DEFAULT_AGENT, metavar="NAME",
+                   help="; ".join(f"{name}: {text}" for name, text in known.items()))  # fmt: skip
+    p.add_argument("--dataset", nargs="+", metavar="ID", help="what to learn from, see collect")
+    p.add_argument("--root", type=Path, help="folder of datasets [Minari's own]")
+    p.add_argument("--episodes", type=int, metavar="N", help="first ones of every dataset [all]")
+    p.add_argument(
+        "--only-successful", action="store_true", help="leave out episodes that never succeed"
+    )
+    p.add_argument("--env", metavar="ID", help="refuse datasets of another task than this")
+    add_import_flag(p)
+    p.add_argument("--preset", default="auto", metavar="|".join(["auto", *PRESETS]),
+                   help="values that fit a machine; auto is gpu on CUDA devices, else cpu [auto]")  # fmt: skip
+    p.add_argument("--seed", type=int, help="of everything; none draws one and says which")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    p.add_argument(
+        "--threads", type=int, metavar="N",
+        help="CPU threads of the learner [torch's own or 1, whichever is faster when the run starts]",
+    )  # fmt: skip
+    p.add_argument("--workers", type=int, default=0, metavar="N",
+                   help="worker processes of evaluations; results do not depend on them [0]")  # fmt: skip
+    p.add_argument("--run-dir", type=Path, metavar="DIR",
+                   help="where the run is kept [runs/<task>/<agent>-seed<seed>]")  # fmt: skip
+    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
+    p.add_argument("--replay-storage", default="auto", choices=("auto", "device", "ram", "mmap"),
+                   help="where the demonstrations lie; auto: device, else RAM, else a file [auto]")  # fmt: skip
+    skip = [name for name in vars(Settings("")) if name not in OF_THE_TASK]
+    docs = argument_docs(envs.make)
+    task = Settings("", action_chunk=DEFAULT_CHUNK)
+    add_dataclass(p, "task (what is not given is the dataset's)", task, skip=skip, docs=docs)
+    add_dataclass(p, "loop", loop_settings(agent), skip=("exact_resume",))
+    for config in spec.configs:
+        add_dataclass(p, f"{type(config).__name__} ({agent})", config)
+    return p
+
+
+@run_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    first = Parser(add_help=False)
+    first.add_argument("--agent", default=DEFAULT_AGENT)
+    first.add_argument("--resume", type=Path)
+    add_import_flag(first)
+    known, _ = first.parse_known_args(argv)
+    agent = known.agent
+    if known.resume:
+        config = read_config(known.resume)
+        agent = config["agent"]
+        import_for_run(config, known.imports, folder=known.resume)
+    else:
+        import_modules(known.imports)
+    if not find(agent).offline:
+        offline = ", ".join(name for name, spec in AGENTS.items() if spec.offline)
+        raise UserError(
+            f"agent '{agent}' does not learn from demonstrations alone; give one of {offline}, or use "
+            "python -m experiments.train"
+        )
+    given = vars(parser(agent).parse_args(argv))
+    if given["threads"] is not None and given["threads"] < 1:
+        raise UserError(f"--threads is {given['threads']}; give a positive number")
+    if given["resume"]:
+        run, config = resumed_config(given, sys.argv[1:] if argv is None else list(argv))
+    else:
+        config = new_config(given)
+        run = given["run_dir"] or default_run_dir(
+            agent, config["env"]["id"], config["train"]["seed"]
+        )
+    train(run, config, resume=bool(given["resume"]))
+    return 0
+
+
+def new_config(given: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json's content for parsed flags: everything resolved, nothing left to defaults."""
+    if not given["dataset"]:
+        raise UserError(
+            "give --dataset, what to learn from; python -m experiments.collect makes one"
+        )
+    if given["episodes"] is not None and given["episodes"] < 1:
+        raise UserError(f"--episodes is {given['episodes']}; give at least 1")
+    if given.get("split") == "test":
+        raise UserError("--split test is what evaluations are made of; choose on validation")
+    device = check_device(given["device"])
+    root = root_folder(given["root"]).expanduser().resolve()
+    names = list(dict.fromkeys(given["dataset"]))
+    datasets = {name: Dataset(root, name) for name in names}
+    imports = [
+        module
+        for dataset in datasets.values()
+        for module in import_for_run(dataset.about, given["imports"], source="the dataset")
+    ]
+    settings = common_task(datasets, given["env"])
+    seed, seeds = spawn_seeds(given["seed"])
+    chosen = {"action_chunk": DEFAULT_CHUNK, **given}
+    flags = {name: chosen[name] for name in OF_THE_TASK if name in chosen}
+    task = changed({**settings, "protocol": None}, flags, OF_THE_TASK, "--dataset")
+    check_observation(settings["observation"], task["observation"], names[0])
+    sources = (find_preset(given["preset"], device), given)
+    loop = fill(loop_settings(given["agent"]), *sources)
+    configs = [fill(config, *sources) for config in find(given["agent"]).configs]
+    return {
+        "schema": SCHEMA,
+        "agent": given["agent"],
+        "imports": list(dict.fromkeys(imports)),
+        "env": {**task, "seed": seeds["environment"]},
+        "vector": to_dict(VectorSettings(num_envs=1, workers=given["workers"])),
+        "demonstrations": {
+            "root": str(root),
+            "datasets": names,
+            "episodes": given["episodes"],
+            "only_successful": given["only_successful"],
+        },
+        "train": {**to_dict(loop), "num_envs": 1, "seed": seed},
+        "configs": {type(config).__name__: to_dict(config) for config in configs},
+        "device": device,
+        "threads": given["threads"],
+        "replay_storage": given["replay_storage"],
+        "preset": given["preset"],
+    }
+
+
+def find_preset(name: str, device: str) -> dict[str, Any]:
+    """Return a preset's values; `auto` is `gpu` on CUDA devices and `cpu` elsewhere."""
+    if name == "auto":
+        name = "gpu" if device.startswith("cuda") else "cpu"
+    if name not in PRESETS:
+        raise UserError.unknown("preset", name, ["auto", *PRESETS])
+    return PRESETS[name]
+
+
+def common_task(datasets: dict[str, Dataset], env: str | None) -> dict[str, Any]:
+    """Return the settings of the first data set's task.
+
+    Raises:
+        UserError: a data set is of another task than `env`, or than the first; or its steps are chunks.
+    """
+    (first, *_), settings = datasets, next(iter(datasets.values())).about["settings"]
+    if env is not None and env != settings["id"]:
+        raise UserError(
+            f"dataset '{first}' is of {settings['id']}, not of {env}; give demonstrations of {env}"
+        )
+    for name, dataset in datasets.items():
+        own = dataset.about["settings"]
+        for field in SAME_TASK:
+            if own[field] != settings[field]:
+                raise UserError(
+                    f"dataset '{name}' has {field} {own[field]}, '{first}' has {settings[field]}; imitate data sets of "
+                    "one task, or draw one anew with collect --rerender"
+                )
+        if own.get("action_chunk", 1) != 1:
+            raise UserError(
+                f"dataset '{name}' was collected in chunks of {own['action_chunk']} actions, between which nothing was "
+                "seen; collect it with --action-chunk 1"
+            )
+    return settings
+
+
+def check_observation(shown: str, wanted: str, dataset: str) -> None:
+    """Refuse to learn from what a data set does not show.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if shown not in (wanted, "both"):
+        raise UserError(
+            f"dataset '{dataset}' shows {shown}, not {wanted}; draw it anew: python -m experiments.collect NEW-v0 "
+            f"--rerender {dataset} --observation {wanted}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
