@@ -33,7 +33,7 @@ class ConditionConfig:
 
 
 class ConditionEncoder(nn.Module):
-    """Every part of an observation, one behind the other in the order of the space.
+    """Every part of an observation, one behind the other in the order of their names.
 
     Pictures (uint8 [3*k, H, W], one part or several views) go through an encoder and a projection of their own; `state`
     is brought to [-1, 1] by the range that the data had; any other vector, such as the embedding of an instruction,
@@ -51,9 +51,10 @@ class ConditionEncoder(nn.Module):
         super().__init__()
         self.encoders, self.projections = nn.ModuleDict(), nn.ModuleDict()
         self.ranges = nn.ModuleDict()
-        self.names = list(spaces)
+        self.names = sorted(spaces)  # a space read from JSON may have another order
         self.out_features = 0
-        for name, space in spaces.items():
+        for name in self.names:
+            space = spaces[name]
             features = space.shape[0]
             if is_image(space):
                 encoder = PixelEncoder(features, space.shape[1:], config.encoder)  # type: ignore[arg-type]

@@ -200,6 +200,20 @@ class Imitation(OfflineAgent):
         left = chunk[:, self.executed :] if self.inpaint else None
         return executed.cpu().numpy(), left, {}
 
+    def greedy(self) -> nn.Module:
+        """See `Agent.greedy`.
+
+        Raises:
+            UserError: the policy draws its actions.
+        """
+        policy = self.average.module
+        if not isinstance(policy, GaussianPolicy):
+            raise UserError(
+                "a policy that denoises draws its actions from noise, and an exported one is a function of the "
+                "observation alone; use Policy.load, or export agent 'bc'"
+            )
+        return GreedyChunks(policy)
+
     def reset_state(self, state: Tensor | None, begins: np.ndarray) -> Tensor | None:
         """Return a state that knows no last chunk where episodes begin.
 
@@ -231,6 +245,32 @@ class Imitation(OfflineAgent):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the generator that acts."""
         self.acting.set_state(state["acting"].cpu())
+
+
+class GreedyChunks(nn.Module):
+    """The executed part of a Gaussian policy's mean; the network is the agent's own.
+
+    Args:
+        policy: whose.
+    """
+
+    def __init__(self, policy: GaussianPolicy) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList([policy])
+
+    def forward(self, pixels: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Return actions, float32 [B, h, A], or [B, A] where the environment takes no chunks.
+
+        Args:
+            pixels: uint8 [B, 3*k, H, W]; the parts of the observation that the agent was built for.
+            state: float32 [B, D].
+        """
+        (policy,) = self.networks
+        assert isinstance(policy, GaussianPolicy)
+        seen = {"pixels": pixels, "state": state}
+        chunk = policy.sample({name: part for name, part in seen.items() if part is not None})
+        executed, _, is_chunk = policy.chunks
+        return chunk[:, :executed] if is_chunk else chunk[:, 0]
 
 
 def denoising_imitation(

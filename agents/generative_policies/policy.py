@@ -353,7 +353,7 @@ class DenoisingPolicy(nn.Module):
             noise_network: see `Sampler.step`.
         """
         condition, sampler = self.condition(observation), sampler or self.acting
-        x = self.start(len(condition), generator, condition.device)
+        x = self.start(condition.shape[0], generator, condition.device)
         until = 0
         if previous is not None:
             levels = [point.t for point in sampler.points[1:]]
@@ -385,7 +385,7 @@ class DenoisingPolicy(nn.Module):
         Arguments as of `sample`.
         """
         condition, sampler = self.condition(observation), sampler or self.acting
-        start = self.start(len(condition), generator, condition.device)
+        start = self.start(condition.shape[0], generator, condition.device)
         chain = sampler.chain(
             self.denoise, start, condition, generator, noise_network=noise_network
         )

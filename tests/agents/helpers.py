@@ -67,4 +67,4 @@ def transitions(space=PIXELS, batch=8, seed=0):
 
 def pixel_agents():
     """Names of all agents."""
-    return sorted(name for name, spec in AGENTS.items() if not spec.on_policy)
+    return sorted(name for name, spec in AGENTS.items() if not spec.on_policy and not spec.offline)
