@@ -122,6 +122,7 @@ class Imitation(OfflineAgent):
         self.learning, self.draws, self.inpaint = learning, draws, inpaint
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        # Not saved: learning never acts, and evaluations begin a stream of their own.
         self.acting = torch.Generator(self.device).manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
@@ -237,14 +238,6 @@ class Imitation(OfflineAgent):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizer to save."""
         return {"policy": self.optimizer}
-
-    def extra_state(self) -> dict[str, Any]:
-        """Return the generator that acts."""
-        return {"acting": self.acting.get_state()}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the generator that acts."""
-        self.acting.set_state(state["acting"].cpu())
 
 
 class GreedyChunks(nn.Module):
