@@ -238,7 +238,7 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
         config["device"] if given["device"] == "auto" else given["device"]
     )
     config["threads"] = given["threads"] or config.get("threads")
-    if given["teacher"]:
+    if given.get("teacher"):
         config["teacher"]["path"] = str(given["teacher"].resolve())
     config["train"] |= {name: given[name] for name in RESUMABLE if name in given}
     config["imports"] = list(dict.fromkeys([*recorded_imports(config), *given["imports"]]))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from agents.core.chain_steps import Limits, reduce_log_prob, standard_normal
 from agents.core.demonstrations import Demonstrations
 from agents.core.errors import UserError
 from agents.core.fields import observation_boxes
-from agents.core.sampling import Limits, reduce_log_prob, standard_normal
 from agents.core.step_rules import FlowSDE, LearnedNoise, Posterior
 from agents.generative_policies.gaussian import GaussianConfig, GaussianPolicy
 from agents.generative_policies.noise import ChunkNoise

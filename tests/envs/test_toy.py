@@ -7,6 +7,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from envs.toy import TASKS, Balance, Catch, Goals, Reach, Recall, ToyTask
+from envs.toy_experts import scripted_expert
 from envs.toy_view import TARGET
 from wrappers.errors import UserError
 
@@ -45,6 +46,27 @@ def mean_return(task: type[ToyTask], policy: Policy, episodes: int) -> float:
 )
 def test_documented_returns(task: type[ToyTask], policy: Policy, documented: float) -> None:
     assert mean_return(task, policy, 400) == pytest.approx(documented, abs=0.06 + 0.06 * documented)
+
+
+@pytest.mark.parametrize(
+    ("name", "documented"), [("reach", 23.9), ("balance", 38.3), ("catch", 6.0)]
+)
+def test_scripted_experts_reach_the_documented_best(name: str, documented: float) -> None:
+    expert = scripted_expert(name)
+    task = TASKS[name]
+    state, _ = task().reset(seed=0)
+    assert task.action_space.contains(expert(state))
+    achieved = mean_return(task, lambda s, rng: expert(s), 400)
+    assert achieved == pytest.approx(documented, abs=0.06 + 0.06 * documented)
+
+
+def test_tasks_without_an_expert_say_so() -> None:
+    with pytest.raises(UserError, match="did you mean reach"):
+        scripted_expert("raech")
+    with pytest.raises(
+        UserError, match="toy/recall has no scripted expert; those of balance, catch"
+    ):
+        scripted_expert("recall")  # it sees no cue in the state of the moment
 
 
 def test_balance_cannot_be_solved_from_the_position_alone() -> None:

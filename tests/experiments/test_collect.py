@@ -219,7 +219,10 @@ def test_a_dataset_is_never_overwritten(
         (["x-v0", *RANDOM, "--seed", "-1"], "seed is -1"),
         (["x-v0", "--random"], "give --env with --random and --expert"),
         (["x-v0", "--random", "--env", "toy/reech"], "did you mean toy/reach"),
-        (["x-v0", "--expert", *REACH], "--expert is for metaworld/ tasks, not for toy/reach"),
+        (
+            ["x-v0", "--expert", "--env", "dmc/cartpole-swingup"],
+            "--expert is for metaworld/ and toy/ tasks, not for dmc/cartpole-swingup",
+        ),
         (["x-v0"], "one of the arguments --run --random --expert --rerender is required"),
         (["x-v0", "--random", "--expert", *REACH], "not allowed with argument"),
         (["x-v0", "--run", "nowhere"], "'nowhere' is no run folder"),
