@@ -5,6 +5,7 @@ A policy with a memory is told where episodes begin: `policy.begin()` before the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,7 @@ class Policy(Actor):
         checkpoint: str = "latest",
         device: str | torch.device = "cpu",
         imports: bool = False,
+        acting: Mapping[str, Any] | None = None,
     ) -> Policy:
         """Load a run folder's policy.
 
@@ -111,6 +113,8 @@ class Policy(Actor):
             device: where to act.
             imports: import the third parties' modules that the run was trained with, as its config.json names them;
                 otherwise no code is run because a folder says so, and an agent of theirs must be registered already.
+            acting: fields of its configs with other values, of those that `AgentSpec.acting` names: fewer denoising
+                steps, say.
 
         Raises:
             UserError: no run or checkpoint there, or it does not fit its config: another agent,
@@ -124,7 +128,10 @@ class Policy(Actor):
         store = CheckpointStore(Path(run), identity=run_identity(config))
         parts = store.load(None if checkpoint == "latest" else checkpoint)
         spec = _agent_spec(config)
-        configs = [from_dict(type(c), config["configs"][type(c).__name__]) for c in spec.configs]
+        configs = [
+            _changed(from_dict(type(c), config["configs"][type(c).__name__]), spec, acting or {})
+            for c in spec.configs
+        ]
         agent = make_agent(
             config["agent"],
             space_from_json(config["spaces"]["observation"]),
@@ -207,6 +214,15 @@ class Policy(Actor):
         batch = as_observation(observation, self.device)
         seen = self.agent.saliency(batch, torch.as_tensor(action, device=self.device))
         return None if seen is None else seen[:, -1].cpu().numpy()
+
+
+def _changed(config: Any, spec: AgentSpec, acting: Mapping[str, Any]) -> Any:
+    """Return a config dataclass with other values of fields that only say how an agent acts."""
+    for name in acting:
+        if name not in spec.acting:
+            raise UserError.unknown("setting of acting", name, spec.acting)
+    names = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in acting.items() if k in names})
 
 
 def _agent_spec(config: Mapping[str, Any]) -> AgentSpec:

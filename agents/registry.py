@@ -19,6 +19,7 @@ from agents.core.training import TrainingLoop
 from agents.core.vines import VineLoop
 from agents.generative_policies.gaussian import GaussianConfig
 from agents.generative_policies.imitation import (
+    ACTING,
     DIFFUSION_POLICY,
     DenoisingImitationConfig,
     LearningConfig,
@@ -48,6 +49,7 @@ class AgentSpec:
         on_policy: it is an `OnPolicyAgent`, learns from rollouts, and `build` also takes num_envs=.
         loop: what trains it; None is the loop of its kind.
         offline: it is an `OfflineAgent` and learns from demonstrations.
+        acting: fields of the configs that only say how it acts, which evaluations may change.
     """
 
     build: Callable[..., Agent]
@@ -56,6 +58,7 @@ class AgentSpec:
     on_policy: bool = False
     loop: type[TrainingLoop] | None = None
     offline: bool = False
+    acting: tuple[str, ...] = ()
 
 
 def _actor_critic(base: type) -> Callable[..., Agent]:
@@ -124,12 +127,14 @@ AGENTS: dict[str, AgentSpec] = {
         (DIFFUSION_POLICY, LearningConfig()),
         "Diffusion Policy, from demonstrations",
         offline=True,
+        acting=ACTING,
     ),
     "flow-policy": AgentSpec(
         denoising_imitation,
         (DenoisingImitationConfig(), LearningConfig()),
         "chunks of actions by rectified flow, from demonstrations",
         offline=True,
+        acting=ACTING,
     ),
     "bc": AgentSpec(
         behavior_cloning,

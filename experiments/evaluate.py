@@ -16,7 +16,7 @@ A zip that Stable-Baselines3 saved is evaluated alike, on the task that flags na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from agents.core.imports import import_modules
 from agents.core.seeding import spawn_seeds
 from agents.policy import read_config
 from envs.vector import VectorEnv
+from experiments.acting import read_acting
 from experiments.arguments import Parser, check_out, run_command, terminate_as_interrupt
 from experiments.baseline_policy import (
     add_baseline_flags,
@@ -84,6 +85,10 @@ def parser() -> Parser:
         "--workers", type=int, default=2, help="worker processes; results do not depend on them [2]"
     )
     p.add_argument("--device", default="cpu", help="where the policy acts [cpu]")
+    p.add_argument(
+        "--acting", nargs="+", default=[], metavar="NAME=VALUE",
+        help="act otherwise than in training, for policies that denoise: start_noise=0, denoising_steps=4",
+    )  # fmt: skip
     p.add_argument("--media", action="store_true", default=True, help="write videos and saliency")
     p.add_argument("--no-media", dest="media", action="store_false", help="numbers only")
     p.add_argument("--name", help="name of the result [step-..-<split>-seed..]")
@@ -122,12 +127,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = check_device(arguments.device)
     if is_zip(arguments.run):
         import_modules(arguments.imports)
+        if arguments.acting:
+            raise UserError("--acting is for run folders, not for a zip of Stable-Baselines3")
         policy = load_zip(arguments.run, vars(arguments), device=device)
         file = evaluate_policy(policy, arguments.run, **protocol)
     else:
         refuse_baseline_flags(vars(arguments))
         file = evaluate_run(
-            arguments.run, checkpoint=arguments.checkpoint, device=device, **protocol
+            arguments.run,
+            checkpoint=arguments.checkpoint,
+            device=device,
+            acting=arguments.acting,
+            **protocol,
         )
     print(f"wrote {file}")
     return 0
@@ -139,6 +150,7 @@ def evaluate_run(
     checkpoint: str = "latest",
     device: str = "cpu",
     imports: Sequence[str] = (),
+    acting: Sequence[str] = (),
     **protocol: Any,
 ) -> Path:
     """Evaluate a run folder, write evaluations/<name>.json, and return that file.
@@ -148,15 +160,18 @@ def evaluate_run(
         checkpoint: see `Policy.load`.
         device: where the policy acts.
         imports: modules that register tasks and agents, besides those that the run remembers.
+        acting: NAME=VALUE of settings that only say how the agent acts; reports leave such results out.
         **protocol: the other arguments of `evaluate_policy`.
 
     Raises:
         UserError: no run there, a module that it needs is missing, an unknown distraction, or a result of that name
             exists.
     """
-    imports = import_for_run(read_config(run), imports, folder=run)
-    policy = Policy.load(run, checkpoint=checkpoint, device=check_device(device))
-    return evaluate_policy(policy, run, imports=imports, **protocol)
+    config = read_config(run)
+    imports = import_for_run(config, imports, folder=run)
+    changes = read_acting(config["agent"], acting)
+    policy = Policy.load(run, checkpoint=checkpoint, device=check_device(device), acting=changes)
+    return evaluate_policy(policy, run, imports=imports, acting=changes, **protocol)
 
 
 def evaluate_policy(
@@ -175,6 +190,7 @@ def evaluate_policy(
     overwrite: bool = False,
     imports: Sequence[str] = (),
     out: Path | None = None,
+    acting: Mapping[str, Any] | None = None,
 ) -> Path:
     """Evaluate a policy on its own task under distractions; write its result, and return that file.
 
@@ -183,7 +199,10 @@ def evaluate_policy(
     """
     task = policy.config["env"]
     counts = policy.progress
-    name = name or f"step-{counts['agent_steps']:09d}-{split}-seed{seed}"
+    name = name or "-".join(
+        [f"step-{counts['agent_steps']:09d}-{split}-seed{seed}"]
+        + [f"{setting}={value}" for setting, value in (acting or {}).items()]
+    )
     if Path(name).name != name:
         raise UserError(f"--name is '{name}'; give a name without folders")
     beside = source.with_name(f"{source.stem}-{name}.json")
@@ -209,6 +228,7 @@ def evaluate_policy(
         "foreground": envs.get_spec(task["id"]).foreground,
         "num_envs": num_envs,
         "episodes_per_distraction": episodes,
+        **({"acting": dict(acting)} if acting else {}),
     }
     keywords = {**task, "split": split, "videos": videos, "seed": seed}
     key = {**about, "env": keywords, "weights": weights_of(policy), "commit": git_commit()}

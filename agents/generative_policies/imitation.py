@@ -93,6 +93,12 @@ DIFFUSION_POLICY = DenoisingImitationConfig(
 """Chi et al.'s diffusion, acting by DDIM."""
 
 
+ACTING = (
+    "rule", "denoising_steps", "noise_level", "min_std", "start_noise", "clip_x0", "inpaint", "inpaint_until",
+)  # fmt: skip
+"""Fields that no weight depends on."""
+
+
 class Imitation(OfflineAgent):
     """Learns to act as demonstrations do.
 

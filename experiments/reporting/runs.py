@@ -220,6 +220,9 @@ def _read_evaluations(run: Run) -> None:
             found.append((path, content))
         elif content:
             run.notes.append(f"evaluations/{path.name} is not an evaluation, left out")
+    if changed := [path.name for path, content in found if content.get("acting")]:
+        run.notes.append(f"{', '.join(changed)}: acted otherwise than in training, left out")
+    found = [item for item in found if not item[1].get("acting")]
     for _, content in found:
         random = content.get("random_policy")
         returns = _finite(random.get("returns") if isinstance(random, dict) else None)

@@ -19,6 +19,7 @@ from experiments import collect, evaluate, export, imitate, record, train
 from experiments.compare import difference, final_state
 from experiments.datasets import Dataset, DatasetWriter, play
 from experiments.evaluate import evaluate_run
+from experiments.reporting.runs import read_run
 from tests.experiments.helpers import as_arguments, assert_same_run, metrics
 
 pytest.importorskip("minari")
@@ -322,3 +323,51 @@ def test_training_says_where_demonstrations_are_learned_from(
 ) -> None:
     words = ["--agent", "flow-policy", "--env", "toy/reach", "--run-dir", str(tmp_path / "run")]
     assert "use python -m experiments.imitate" in refused(capsys, words, train.main)
+
+
+def test_an_evaluation_may_act_otherwise_than_training(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make(made, tmp_path / "run", inpaint=True)
+    flags: dict[str, Any] = {"distractions": ["clean"], "episodes": 2, "workers": 0, "media": False}
+    plain = json.loads(evaluate_run(run, **flags).read_text())
+    assert "acting" not in plain
+    file = evaluate_run(
+        run, acting=["start-noise=0", "denoising_steps=1", "inpaint=false"], **flags
+    )
+    result = json.loads(file.read_text())
+    changes = {"start_noise": 0.0, "denoising_steps": 1, "inpaint": False}
+    assert result["acting"] == changes
+    assert result["results"] != plain["results"]
+    policy = Policy.load(run, acting=changes)
+    assert policy.agent.policy.acting.steps == 1
+    with closing(envs.make(**policy.config["env"])) as env:
+        seen, _ = env.reset(seed=0)
+        np.testing.assert_array_equal(policy.act(seen), policy.act(seen), "nothing is drawn")
+    notes = read_run(run).notes
+    assert any("acted otherwise than in training, left out" in note for note in notes)
+
+    def said(text: str) -> str:
+        return refused(capsys, [str(run), "--acting", text], evaluate.main)
+
+    assert "did you mean start_noise" in said("start_nois=0")
+    assert "unknown setting of acting 'width'" in said("width=3")
+    assert "--acting rule=eular: give one of euler" in said("rule=eular")
+    assert "--acting denoising_steps=few: give a number" in said("denoising_steps=few")
+    assert "give NAME=VALUE" in said("start_noise")
+    other = make(made, tmp_path / "bc", agent="bc")
+    words = [str(other), "--acting", "start_noise=0"]
+    assert "has no settings that only say how it acts" in refused(capsys, words, evaluate.main)
+
+
+def test_inpainting_knows_the_last_chunk_while_an_episode_lasts(made: Path, tmp_path: Path) -> None:
+    run = make(made, tmp_path / "run", inpaint=True, inpaint_until=0.0)
+    policy = Policy.load(run)
+    with closing(envs.make(**policy.config["env"])) as env:
+        seen, _ = env.reset(seed=0)
+        first = policy.act(seen)
+        expected = policy.state[0].numpy()
+        assert expected.shape == (2, 2), "six predicted, four executed"
+        np.testing.assert_allclose(policy.act(env.step(first)[0])[:2], expected, atol=1e-5)
+        policy.begin()
+        assert policy.state is None
