@@ -2,16 +2,21 @@
 
     python -m experiments.record runs/dmc-cartpole-swingup/sgqn-seed1
     python -m experiments.record RUN --distractions clean video_hard --episodes 3 --out films/
+    python -m experiments.record --dataset drawer/expert-v0 --episodes 3
 
 Left is the frame as the agent sees it, in the middle its saliency (scaled by itself in every frame), right both
 together; below, the reward of the step that led here and the return so far. An agent without saliency gets the frame
 alone. Colors and videos come from the test split. Films are the episodes that the environments of
 `experiments.evaluate` begin with at the same --seed: as many as its --num-envs are among those that it counts, later
 ones are further episodes of the same kind.
+
+Of a data set the pictures that it holds are shown, episode by episode, with a plot of actions, rewards and return
+beside each film; one of states alone has plots only.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -29,10 +34,12 @@ from agents.core.pictures import panels
 from agents.policy import read_config
 from experiments.arguments import Parser, run_command
 from experiments.captions import Caption
+from experiments.datasets import Dataset, Episode, root_folder
 from experiments.evaluate import DISTRACTIONS
 from experiments.imports import add_import_flag, import_for_run
 from experiments.rollouts import episode_seeds
 from experiments.settings import check_device, control_steps
+from experiments.traces import draw_trace
 from wrappers.distraction.presets import make_distraction
 
 PANEL = 192
@@ -63,14 +70,18 @@ class Moment:
 def parser() -> Parser:
     """Return the command's parser."""
     p = Parser(prog="python -m experiments.record", description=__doc__)
-    p.add_argument("run", type=Path, help="run folder that training wrote")
+    p.add_argument("run", type=Path, nargs="?", help="run folder that training wrote")
+    p.add_argument("--dataset", metavar="ID", help="show the first episodes of a data set instead")
+    p.add_argument("--root", type=Path, help="folder of datasets [Minari's own]")
     add_import_flag(p)
     p.add_argument(
         "--distractions", nargs="+", default=list(DISTRACTIONS), metavar="NAME",
         help=f"what to record under [{' '.join(DISTRACTIONS)}]",
     )  # fmt: skip
-    p.add_argument("--episodes", type=int, default=1, help="episodes per distraction [1]")
-    p.add_argument("--out", type=Path, help="folder of the films [RUN/films/<checkpoint>]")
+    p.add_argument("--episodes", type=int, default=1, help="episodes, per distraction [1]")
+    p.add_argument(
+        "--out", type=Path, help="folder of the films [RUN/films/<checkpoint>, films/<dataset>]"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace films of the same name")
     p.add_argument(
         "--checkpoint", default="latest", help="latest, best or a checkpoint's name [latest]"
@@ -93,6 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--episodes and --scale must be at least 1")
     if given.fps is not None and not 0 < given.fps <= 1000:
         raise UserError(f"--fps is {given.fps}; give a number above 0, at most 1000")
+    if (given.run is None) == (given.dataset is None):
+        raise UserError("give a run folder, or --dataset and the id of a data set")
+    if given.dataset is not None:
+        show_dataset(given)
+        return 0
     import_for_run(read_config(given.run), given.imports, folder=given.run)
     policy = Policy.load(given.run, checkpoint=given.checkpoint, device=check_device(given.device))
     task = policy.config["env"]
@@ -111,6 +127,53 @@ def main(argv: Sequence[str] | None = None) -> int:
                 last = write_film(file, moments, distraction, given.fps or speed(env), given.scale)
                 print(f"{distraction}: {last.step} agent steps, return {last.total:.1f}, {file}")
     return 0
+
+
+def show_dataset(given: Namespace) -> None:
+    """Write a film and a plot of the first episodes of a data set.
+
+    Raises:
+        UserError: no such data set, or files that may not be overwritten.
+    """
+    dataset = Dataset(root_folder(given.root), given.dataset)
+    import_for_run(dataset.about, given.imports, source="the dataset")
+    settings = dataset.about["settings"]
+    count = min(given.episodes, len(dataset))
+    out = given.out or Path("films") / given.dataset.replace("/", "-")
+    films = film_files(out, ["episode"], count, overwrite=given.overwrite)
+    with closing(envs.make(**settings)) as env:
+        fps = given.fps or speed(env)
+    for number in range(count):
+        file, episode = films["episode", number], dataset.read(number, scenes=False)
+        title = f"{given.dataset}, episode {number}"
+        plot = file.with_suffix(".png")
+        draw_trace(
+            plot, np.asarray(episode.actions), episode.rewards, success=episode.infos.get("success"), title=title
+        )  # fmt: skip
+        written = [plot]
+        if settings["observation"] != "state":
+            write_film(file, dataset_moments(episode), f"episode {number}", fps, given.scale)
+            written.insert(0, file)
+        total = float(np.sum(episode.rewards))
+        print(
+            f"{title}: {len(episode.rewards)} agent steps, return {total:.1f}, {', '.join(map(str, written))}"
+        )
+    if settings["observation"] == "state":
+        print(
+            f"there are no pictures in it: collect NEW-v0 --rerender {given.dataset} --observation pixels draws them"
+        )
+
+
+def dataset_moments(episode: Episode) -> Iterator[Moment]:
+    """Yield what a data set's episode shows, from the reset to the last observation."""
+    seen: Any = episode.observations
+    pixels = seen["pixels"] if isinstance(seen, Mapping) else seen
+    rewards = [0.0, *map(float, episode.rewards)]
+    solved = np.maximum.accumulate(episode.infos.get("success", np.zeros(len(rewards))))
+    totals = np.cumsum(rewards)
+    for step, picture in enumerate(pixels):
+        frame = np.ascontiguousarray(picture[-3:].transpose(1, 2, 0))
+        yield Moment(frame, None, step, rewards[step], float(totals[step]), bool(solved[step]))
 
 
 def film_files(

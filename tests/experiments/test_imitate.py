@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 
@@ -371,3 +372,46 @@ def test_inpainting_knows_the_last_chunk_while_an_episode_lasts(made: Path, tmp_
         np.testing.assert_allclose(policy.act(env.step(first)[0])[:2], expected, atol=1e-5)
         policy.begin()
         assert policy.state is None
+
+
+def test_a_dataset_is_shown_as_films_and_plots(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dataset", "reach/video-v0", "--root", str(made), "--episodes", "9", "--scale", "2"]
+    words += ["--fps", "5", "--out", str(tmp_path / "films")]
+    assert record.main(words) == 0
+    names = sorted(file.name for file in (tmp_path / "films").iterdir())
+    assert names == [f"episode-{i}.{kind}" for i in (1, 2, 3) for kind in ("mp4", "png")]
+    lines = capsys.readouterr().out.splitlines()
+    episode = Dataset(made, "reach/video-v0")[1]
+    assert lines[1].startswith(
+        f"reach/video-v0, episode 1: {STEPS} agent steps, return {sum(episode.rewards):.1f}, "
+    )
+    film = iio.imread(tmp_path / "films" / "episode-2.mp4")
+    shown: Any = episode.observations
+    assert len(film) == STEPS + 1
+    for picture, stack in zip(film, shown["pixels"], strict=True):
+        frame = stack[-3:].transpose(1, 2, 0).repeat(2, 0).repeat(2, 1)
+        assert np.abs(picture[:48, :48].astype(int) - frame).mean() < 12
+    moments = list(record.dataset_moments(episode))
+    assert moments[-1].total == pytest.approx(sum(episode.rewards))
+    assert [moment.success for moment in moments] == [
+        max(episode.infos["success"][: i + 1]) > 0 for i in range(STEPS + 1)
+    ]
+    assert "exists; use --overwrite" in refused(capsys, words, record.main)
+    assert "give a run folder, or --dataset" in refused(capsys, [], record.main)
+    assert "give a run folder, or --dataset" in refused(capsys, ["run", *words], record.main)
+    assert "unknown dataset 'x-v0'" in refused(
+        capsys, ["--dataset", "x-v0", "--root", str(made)], record.main
+    )
+
+
+def test_a_dataset_of_states_has_plots_only(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--random", *REACH, "--observation", "state", "--root", str(root)]
+    assert collect.main(["reach/states-v0", *words]) == 0
+    flags = ["--dataset", "reach/states-v0", "--root", str(root), "--out", str(tmp_path / "films")]
+    assert record.main(flags) == 0
+    assert [file.name for file in (tmp_path / "films").iterdir()] == ["episode-1.png"]
+    assert "--rerender reach/states-v0 --observation pixels" in capsys.readouterr().out
