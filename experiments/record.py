@@ -140,7 +140,8 @@ def show_dataset(given: Namespace) -> None:
     settings = dataset.about["settings"]
     count = min(given.episodes, len(dataset))
     out = given.out or Path("films") / given.dataset.replace("/", "-")
-    films = film_files(out, ["episode"], count, overwrite=given.overwrite)
+    # Numbers as Minari's, by which messages about data name episodes too.
+    films = film_files(out, ["episode"], count, overwrite=given.overwrite, first=0)
     with closing(envs.make(**settings)) as env:
         fps = given.fps or speed(env)
     for number in range(count):
@@ -177,15 +178,15 @@ def dataset_moments(episode: Episode) -> Iterator[Moment]:
 
 
 def film_files(
-    out: Path, distractions: Sequence[str], episodes: int, *, overwrite: bool
+    out: Path, distractions: Sequence[str], episodes: int, *, overwrite: bool, first: int = 1
 ) -> dict[tuple[str, int], Path]:
-    """Return the file of every distraction and episode, in a folder that is there.
+    """Return the file of every distraction and episode, numbered from `first` on, in a folder that is there.
 
     Raises:
         UserError: a file exists that may not be overwritten, or the folder cannot be made.
     """
     files = {
-        (distraction, number): out / f"{distraction}-{number + 1}.mp4"
+        (distraction, number): out / f"{distraction}-{number + first}.mp4"
         for distraction in distractions
         for number in range(episodes)
     }

@@ -102,6 +102,10 @@ class GaussianPolicy(nn.Module):
         counted = mask.unsqueeze(-1).expand_as(error)
         return (error * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
 
+    def likely(self, observation: Observation) -> Tensor:
+        """Return the mean [B, H, A], which is differentiable and not cut off."""
+        return self(observation)[0]
+
     def sample(
         self,
         observation: Observation,

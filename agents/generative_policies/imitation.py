@@ -32,6 +32,8 @@ from agents.core.errors import UserError
 from agents.core.fields import observation_boxes
 from agents.core.offline import OfflineAgent
 from agents.core.parameter_averages import ParameterAverage
+from agents.core.pictures import overlay_grid
+from agents.core.saliency import frame_saliency, input_gradient
 from agents.generative_policies.gaussian import GaussianConfig, GaussianPolicy
 from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
 
@@ -88,9 +90,9 @@ class DenoisingImitationConfig(DenoisingConfig):
 
 
 DIFFUSION_POLICY = DenoisingImitationConfig(
-    path="diffusion", prediction="noise", rule="posterior", clip_x0=1.0
-)
-"""Chi et al.'s diffusion, acting by DDIM."""
+    path="diffusion", prediction="noise", rule="posterior", clip_x0=1.0, denoiser="unet", time_features=256,
+)  # fmt: skip
+"""Chi et al.'s diffusion and U-Net, acting by DDIM."""
 
 
 ACTING = (
@@ -206,6 +208,21 @@ class Imitation(OfflineAgent):
         executed = chunk[:, : self.executed] if self.chunks.is_chunk else chunk[:, 0]
         left = chunk[:, self.executed :] if self.inpaint else None
         return executed.cpu().numpy(), left, {}
+
+    def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
+        """Return what the size of the executed actions depends on, by guided backpropagation; see `Agent.saliency`."""
+        if "pixels" not in observation:
+            return None
+        with torch.enable_grad():
+            pixels = observation["pixels"].float().requires_grad_()
+            chunk = self.average.module.likely({**observation, "pixels": pixels})
+            size = chunk[:, : self.executed].abs().flatten(1).sum(1)
+            return frame_saliency(input_gradient(size, pixels, "guided")).float()
+
+    def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
+        """Return the saliency over the newest frames."""
+        seen = self.saliency(observation, action)
+        return {} if seen is None else {"saliency": overlay_grid(observation["pixels"], seen)}
 
     def greedy(self) -> nn.Module:
         """See `Agent.greedy`.

@@ -45,6 +45,10 @@ RuleName = Literal["euler", "heun", "posterior", "flow_sde"]
 DenoiserName = Literal["mlp", "unet", "dit"]
 
 
+LOOKING_STEPS = 2
+"""Steps of the chain whose gradient tells where a policy looks: enough to leave the noise, where little is seen."""
+
+
 @dataclass(frozen=True)
 class DenoisingConfig(ConditionConfig):
     """What a denoising policy is made of, and how it draws."""
@@ -371,6 +375,14 @@ class DenoisingPolicy(nn.Module):
                 steps=range(until, sampler.steps), noise_network=noise_network,
             )  # fmt: skip
         return self._done(x)
+
+    def likely(self, observation: Observation) -> Tensor:
+        """Return a chunk [B, H, A] that depends on the observation alone, differentiable and not cut off: no noise."""
+        condition = self.condition(observation)
+        sampler = self.sampler(Posterior(0.0), steps=LOOKING_STEPS, limits=Limits())
+        x = torch.zeros(condition.shape[0], *self.shape, device=condition.device)
+        x = sampler.sample(self.denoise, x, condition)
+        return x if self.noise is None else self.noise.color(x)
 
     def chain(
         self,

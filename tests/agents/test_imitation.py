@@ -185,6 +185,39 @@ def test_inpainting_begins_a_chunk_with_what_was_predicted() -> None:
     assert agent.reset_state(None, np.ones(3, bool)) is None
 
 
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_policy_looks_where_its_actions_come_from(name: str) -> None:
+    agent = make(name, PIXELS)
+    agent.prepare(data(PIXELS))
+    with torch.no_grad():  # the encoder sees nothing of the older frame
+        first = agent.average.module.condition.encoders["pixels"].convs[0].weight
+        first[:, :3] = 0
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 6, 24, 24), dtype=torch.uint8, generator=random)
+    seen = agent.saliency({"pixels": pixels}, torch.zeros(3, 4, 2))
+    assert seen is not None
+    assert (seen.shape, seen.dtype, seen.requires_grad) == ((3, 2, 24, 24), torch.float32, False)
+    assert seen.min() >= 0
+    assert not seen[:, 0].any(), "what cannot matter is not looked at"
+    assert (seen[:, 1].flatten(1).amax(1) > 0).all()
+    assert agent.images({"pixels": pixels}, torch.zeros(3, 4, 2))["saliency"].dtype == np.uint8
+    assert make(name).saliency(seen_by(agent), torch.zeros(3, 4, 2)) is None
+
+
+def test_pictures_are_shifted_while_learning_if_asked_for() -> None:
+    store = data(PIXELS)
+    batch = store.sample(4)
+    still, moved = make("bc", PIXELS, pad=0), make("bc", PIXELS, pad=84)
+    for agent, is_still in ((still, True), (moved, False)):
+        shown: list[torch.Tensor] = []
+        agent.policy.condition.register_forward_pre_hook(
+            lambda _, inputs, shown=shown: shown.append(inputs[0]["pixels"])
+        )
+        agent.update(batch)
+        assert torch.equal(shown[0], batch.observation["pixels"]) == is_still
+        assert shown[0].dtype == torch.uint8
+
+
 def test_padding_is_learned_only_if_asked_for() -> None:
     store = data(length=4)
     rows = np.full(8, 3)  # the last action of an episode: five of six are repeated

@@ -381,13 +381,13 @@ def test_a_dataset_is_shown_as_films_and_plots(
     words += ["--fps", "5", "--out", str(tmp_path / "films")]
     assert record.main(words) == 0
     names = sorted(file.name for file in (tmp_path / "films").iterdir())
-    assert names == [f"episode-{i}.{kind}" for i in (1, 2, 3) for kind in ("mp4", "png")]
+    assert names == [f"episode-{i}.{kind}" for i in (0, 1, 2) for kind in ("mp4", "png")]
     lines = capsys.readouterr().out.splitlines()
     episode = Dataset(made, "reach/video-v0")[1]
     assert lines[1].startswith(
         f"reach/video-v0, episode 1: {STEPS} agent steps, return {sum(episode.rewards):.1f}, "
     )
-    film = iio.imread(tmp_path / "films" / "episode-2.mp4")
+    film = iio.imread(tmp_path / "films" / "episode-1.mp4")
     shown: Any = episode.observations
     assert len(film) == STEPS + 1
     for picture, stack in zip(film, shown["pixels"], strict=True):
@@ -413,5 +413,5 @@ def test_a_dataset_of_states_has_plots_only(
     assert collect.main(["reach/states-v0", *words]) == 0
     flags = ["--dataset", "reach/states-v0", "--root", str(root), "--out", str(tmp_path / "films")]
     assert record.main(flags) == 0
-    assert [file.name for file in (tmp_path / "films").iterdir()] == ["episode-1.png"]
+    assert [file.name for file in (tmp_path / "films").iterdir()] == ["episode-0.png"]
     assert "--rerender reach/states-v0 --observation pixels" in capsys.readouterr().out
