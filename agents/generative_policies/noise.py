@@ -1,4 +1,6 @@
-"""Noise that is correlated as action chunks are (winner of BEHAVIOR 2025, Larchenko et al.).
+"""Noise that is correlated as action chunks are, as BEHAVIOR 2025's winner has it.
+
+Source: `compute_norm_stats.py --correlation` and `pi_behavior.py` of github.com/IliaLarchenko/behavior-1k-solution.
 
 The flattened chunks' correlation matrix R is shrunk, R_beta = beta * R + (1 - beta) * I, and noise is L z with
 L L^T = R_beta and z standard normal. Neighboring actions then get similar noise.

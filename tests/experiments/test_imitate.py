@@ -154,7 +154,9 @@ def test_every_command_takes_the_run(
     assert (run / "evaluations" / "m" / "clean.mp4").is_file()
     assert record.main([str(run), "--distractions", "clean", "--out", str(tmp_path / "films")]) == 0
     assert (tmp_path / "films" / "clean-1.mp4").is_file()
-    if agent != "bc":
+    if agent == "bc":
+        assert export.main([str(run), "--format", "pt2", "--task-observations", "2"]) == 0
+    else:
         assert "draws its actions from noise" in refused(capsys, [str(run)], export.main)
 
 
