@@ -16,7 +16,7 @@ from agents.core.demonstrations import Demonstrations
 from agents.core.errors import UserError
 from agents.core.networks import mlp
 from agents.generative_policies.conditions import ConditionConfig, ConditionEncoder
-from agents.generative_policies.policy import read_chunks
+from agents.generative_policies.parts import read_chunks
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class GaussianPolicy(nn.Module):
 
     Args:
         spaces: of the observation's parts; see `fields.observation_boxes`.
-        action_space: the environment's, see `policy.read_chunks`.
+        action_space: the environment's, see `parts.read_chunks`.
         config: what it is made of.
 
     Raises:

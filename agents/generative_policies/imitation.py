@@ -35,7 +35,8 @@ from agents.core.parameter_averages import ParameterAverage
 from agents.core.pictures import overlay_grid
 from agents.core.saliency import frame_saliency, input_gradient
 from agents.generative_policies.gaussian import GaussianConfig, GaussianPolicy
-from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
+from agents.generative_policies.parts import DenoisingConfig
+from agents.generative_policies.policy import DenoisingPolicy
 
 ChunkPolicy = DenoisingPolicy | GaussianPolicy
 

@@ -18,7 +18,8 @@ from agents.core.fields import observation_boxes
 from agents.core.step_rules import FlowSDE, LearnedNoise, Posterior
 from agents.generative_policies.gaussian import GaussianConfig, GaussianPolicy
 from agents.generative_policies.noise import ChunkNoise
-from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
+from agents.generative_policies.parts import DenoisingConfig
+from agents.generative_policies.policy import DenoisingPolicy
 
 H, A = 6, 2
 STATE = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
