@@ -52,18 +52,24 @@ def reinforce(log_ratio: Tensor, advantage: Tensor) -> Tensor:
 
 
 def ppo_clip(
-    log_ratio: Tensor, advantage: Tensor, *, clip: float = 0.2, clip_high: float | None = None
+    log_ratio: Tensor,
+    advantage: Tensor,
+    *,
+    clip: float | Tensor = 0.2,
+    clip_high: float | Tensor | None = None,
 ) -> Tensor:
     """Return PPO's pessimistic clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
     Args:
         log_ratio: [*].
         advantage: [*].
-        clip: how far below 1 the ratio may go (and above, unless `clip_high` says otherwise), in (0, 1).
+        clip: how far below 1 the ratio may go (and above, unless `clip_high` says otherwise), in (0, 1); a tensor that
+            broadcasts to the ratios where samples differ in it (DPPO's denoising steps).
         clip_high: how far above 1 (DAPO, Yu et al. 2025, arXiv:2503.14476: "clip-higher").
     """
     r, a = ratio(log_ratio), advantage.float()
-    clipped = r.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    high = clip if clip_high is None else clip_high
+    clipped = r.clamp(1 - clip, 1 + high)  # type: ignore[arg-type]
     return -torch.minimum(r * a, clipped * a)
 
 
@@ -258,7 +264,7 @@ def rebel(log_ratio: Tensor, reward: Tensor, *, eta: float = 1.0) -> Tensor:
     return ((x[0] - x[1]) / eta - (r[0] - r[1])).square()
 
 
-def ratio_metrics(log_ratio: Tensor, *, clip: float) -> dict[str, Tensor]:
+def ratio_metrics(log_ratio: Tensor, *, clip: float | Tensor) -> dict[str, Tensor]:
     """Return what tells whether steps are too large, 0-d and detached, under the names that every agent logs.
 
     `ratio/outside` between .1 and .2 is a good step size for clipped surrogates; a `ratio/largest_deviation` above 0 at

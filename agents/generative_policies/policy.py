@@ -304,7 +304,10 @@ class DenoisingPolicy(nn.Module):
         mask[:, :known] = ~previous.isnan()
         return Fixed(mask, whole if self.noise is None else self.noise.whiten(whole), start)
 
+    def colored(self, x: Tensor) -> Tensor:
+        """Return a chain's sample [B, H, A] in the actions' coordinates; see `noise`."""
+        return x if self.noise is None else self.noise.color(x)
+
     def _done(self, x: Tensor) -> Tensor:
         """Return a chain's result as actions."""
-        actions = x if self.noise is None else self.noise.color(x)
-        return actions.clamp(-1, 1)
+        return self.colored(x).clamp(-1, 1)

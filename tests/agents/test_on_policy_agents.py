@@ -15,8 +15,12 @@ from agents.on_policy.actor_critic import mean_metrics
 from agents.registry import AGENTS, make_agent
 from tests.agents.test_ppo import BOTH, CONTINUOUS, DISCRETE, ENVS, STATE, STEPS, collect
 
-NAMES = [name for name, spec in AGENTS.items() if spec.on_policy and spec.loop is None]
-"""Agents that learn from plain rollouts; vines stand in test_vines.py."""
+NAMES = [
+    name
+    for name, spec in AGENTS.items()
+    if spec.on_policy and spec.loop is None and not spec.fine_tunes
+]
+"""Agents that learn from plain rollouts; vines stand in test_vines.py, chains in test_fine_tuning.py."""
 SMALL = {
     "rollout_length": STEPS,
     "minibatch_size": 12,
