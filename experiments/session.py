@@ -34,6 +34,7 @@ from agents.core.seeding import spawn_seeds
 from agents.core.settings import from_dict
 from agents.policy import Actor, run_identity, space_to_json
 from agents.registry import find
+from experiments.bases import begin_from_base
 from experiments.estimates import check_batch, random_batch, random_rollout, seconds_per_call
 from experiments.evaluate import enlarge
 from experiments.rollouts import evaluation_scalars, run_episodes
@@ -114,11 +115,14 @@ class Session:
         if parts:
             self.loop.resume(parts)
             return
-        self.loop.begin()
-        self.config["spaces"] = {
+        spaces = {
             "observation": space_to_json(self.envs.single_observation_space),
             "action": space_to_json(self.envs.single_action_space),
         }
+        if "base" in self.config:
+            begin_from_base(self.agent, self.config, spaces)
+        self.loop.begin()
+        self.config["spaces"] = spaces
         write_json(self.run / "config.json", self.config)
         self.logger.text("config", _as_table(self.config))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch
+from torch import nn
 
 from agents import AGENTS, Policy
 from agents.baselines import BASELINE, load_sb3
@@ -109,8 +110,13 @@ def _load_run(
 
 def weights_digest(agent: Agent) -> str:
     """Return SHA-256 over the names, kinds and values of an agent's weights."""
+    return networks_digest(agent.networks())
+
+
+def networks_digest(networks: Mapping[str, nn.Module]) -> str:
+    """Return SHA-256 over the names, kinds and values of the weights of networks."""
     digest = hashlib.sha256()
-    for name, network in sorted(agent.networks().items()):
+    for name, network in sorted(networks.items()):
         for key, value in sorted(network.state_dict().items()):
             digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -4,6 +4,7 @@
     python -m experiments.train --agent drqv2 --env dmc/walker-walk --protocol drqv2 --device cuda
     python -m experiments.train --resume runs/dmc-cartpole-swingup/sgqn-seed1 --steps 60000
     python -m experiments.train --agent ppo --env dmc/walker-walk --teacher runs/dmc-walker-walk/drqv2-seed1
+    python -m experiments.train --agent dppo --env metaworld/drawer-open --base runs/drawer/flow-policy-seed1
     python -m experiments.train --import mypackage --agent mine --env mine/task
 
 Every field of the agent's config is a flag; `--help` shows those of the agent that `--agent` names. Values come from
@@ -31,6 +32,7 @@ from agents.policy import SCHEMA, read_config
 from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
+from experiments.bases import chunks_of_the_task, find_base
 from experiments.imitation_session import ImitationSession
 from experiments.imports import add_import_flag, import_for_run
 from experiments.runs import (
@@ -98,6 +100,9 @@ def parser(agent: str) -> Parser:
                    help="learn from what this run's policy, or a zip of Stable-Baselines3, would do, too")  # fmt: skip
     p.add_argument("--replay-storage", default="auto", choices=("auto", "device", "ram", "mmap"),
                    help="where the replay lies; auto: device, else RAM, else a file [auto]")  # fmt: skip
+    if spec.fine_tunes:
+        p.add_argument("--base", type=Path, metavar="RUN",
+                       help="begin with this run's policy and its task's settings [random weights]")  # fmt: skip
     add_dataclass(
         p,
         "task",
@@ -168,10 +173,11 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     auto = "gpu" if protocol else "auto"
     name = auto if given["preset"] == "auto" else given["preset"]
     preset = find_preset(name, device)
-    sources = (preset, protocol, given)
+    base = find_base(given["base"]) if given.get("base") else None
+    of_task = (preset, {} if base is None else base.task, protocol, given)
     seed, seeds = spawn_seeds(given["seed"])
     task = fill(
-        Settings(given["env"]), *({k: v for k, v in s.items() if k != "seed"} for s in sources)
+        Settings(given["env"]), *({k: v for k, v in s.items() if k != "seed"} for s in of_task)
     )
     task = fill(task, {"seed": seeds["environment"]}).resolved()
     assert task.action_repeat is not None
@@ -182,12 +188,20 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     )
     loop = fill(loop_settings(given["agent"]), *sources)
     vector = fill(VectorSettings(), *sources)
-    configs = [fill(config, *sources) for config in find(given["agent"]).configs]
+    spec = find(given["agent"])
+    configs = [fill(config, *sources) for config in spec.configs]
+    if spec.fine_tunes:
+        configs[1] = (
+            chunks_of_the_task(configs[1], given, task.action_chunk)
+            if base is None
+            else base.policy_config(configs[1], given)
+        )
     return {
         "schema": SCHEMA,
         "agent": given["agent"],
         **({"label": check_label(given["label"])} if given.get("label") else {}),
         "imports": list(dict.fromkeys(given["imports"])),
+        **({"base": base.about} if base else {}),
         "env": task.as_dict(),
         "vector": to_dict(vector),
         "train": {**to_dict(loop), "num_envs": vector.num_envs, "seed": seed},

@@ -80,7 +80,11 @@ def test_a_penalty_that_adapts_resumes_exactly(tmp_path: Path) -> None:
     assert coefficients[-1] != 0.1, "it must have adapted"
 
 
-WITH_MEMORY = [name for name, spec in AGENTS.items() if spec.on_policy and name != "polychromic"]
+WITH_MEMORY = [
+    name
+    for name, spec in AGENTS.items()
+    if spec.on_policy and name != "polychromic" and not spec.fine_tunes
+]
 
 
 @pytest.mark.parametrize("agent", WITH_MEMORY)

@@ -1,0 +1,153 @@
+"""The run whose policy a fine-tuned one begins with (`train --base RUN`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agents.core.agent import Agent
+from agents.core.errors import UserError
+from agents.generative_policies.fine_tuning import FineTuner
+from agents.generative_policies.imitation import ACTING, Imitation
+from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
+from agents.policy import Policy
+from experiments.arguments import fill
+from experiments.teachers import networks_digest
+
+OF_THE_TASK = (
+    "observation", "size", "frame_stack", "action_repeat", "action_chunk", "camera", "quality", "supersample",
+    "episode_length",
+)  # fmt: skip
+"""Settings of its task that a base's successor has too, unless flags say otherwise."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A policy that another run learned.
+
+    Attributes:
+        policy: its weights, frozen.
+        spaces: of its task, as config.json describes them.
+        task: settings of its task.
+        about: where it is from, for config.json: folder, checkpoint and digest.
+    """
+
+    policy: DenoisingPolicy
+    spaces: dict[str, Any]
+    task: dict[str, Any]
+    about: dict[str, str]
+
+    def policy_config(self, agent: DenoisingConfig, given: Mapping[str, Any]) -> DenoisingConfig:
+        """Return what its successor's policy is made of: the same, drawn as flags say.
+
+        Args:
+            agent: the policy of the agent that goes on, without a base; zero-noise evaluation is its choice.
+            given: the flags.
+
+        Raises:
+            UserError: a flag would make it another network.
+        """
+        own = self.policy.config
+        fields = [field.name for field in dataclasses.fields(DenoisingConfig)]
+        for name in fields:
+            if name in given and name not in ACTING and given[name] != getattr(own, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {given[name]}, but the base's weights are of "
+                    f"{getattr(own, name)}; leave the flag out, or --base"
+                )
+        config = DenoisingConfig(**{name: getattr(own, name) for name in fields})
+        flags = {name: given[name] for name in ACTING if name in given}
+        return fill(config, {"start_noise": agent.start_noise}, flags)
+
+
+def find_base(run: Path, *, device: str = "cpu") -> Base:
+    """Return the policy of a run folder.
+
+    Raises:
+        UserError: there is none, or none that denoises.
+    """
+    loaded = Policy.load(run, device=device)
+    agent = loaded.agent
+    policy: Any = None
+    if isinstance(agent, Imitation):
+        policy = agent.average.module
+    elif isinstance(agent, FineTuner):
+        policy = agent.policy
+    if not isinstance(policy, DenoisingPolicy):
+        raise UserError(
+            f"--base {run} is a run of '{loaded.config['agent']}', whose policy does not denoise; give one of "
+            "diffusion-policy or flow-policy, made by python -m experiments.imitate"
+        )
+    task = loaded.config["env"]
+    return Base(
+        policy=policy.requires_grad_(False),
+        spaces=loaded.config["spaces"],
+        task={name: task[name] for name in OF_THE_TASK if name in task},
+        about={
+            "run": str(run.expanduser().resolve()),
+            "checkpoint": loaded.checkpoint,
+            "digest": networks_digest({"policy": policy}),
+        },
+    )
+
+
+def chunks_of_the_task(
+    config: DenoisingConfig, given: Mapping[str, Any], action_chunk: int
+) -> DenoisingConfig:
+    """Return a policy without a base, which predicts what the task executes unless a flag says otherwise."""
+    return config if "horizon" in given else dataclasses.replace(config, horizon=action_chunk)
+
+
+def begin_from_base(agent: Agent, config: Mapping[str, Any], spaces: Mapping[str, Any]) -> None:
+    """Give an agent the weights of its config's base.
+
+    Args:
+        agent: a new one.
+        config: the run's.
+        spaces: of its task, as config.json describes them.
+
+    Raises:
+        UserError: the base is another one than when the run was made, or of another task; the text says what differs.
+    """
+    about = config["base"]
+    base = find_base(Path(about["run"]), device=config["device"])
+    if base.about["digest"] != about["digest"]:
+        raise UserError(
+            f"the base {about['run']} has changed since this run was made from it; begin a new run, or restore it"
+        )
+    for what, told in (("observation", "observes"), ("action", "acts in")):
+        ours, theirs = spaces[what], base.spaces[what]
+        if what == "action":  # any chunk that the base's horizon covers
+            ours, theirs = _single(ours), _single(theirs)
+        if ours != theirs:
+            raise UserError(
+                f"the base {about['run']} {told} {_shapes(theirs)}, this task {_shapes(ours)}; give a base of this "
+                f"task, or its settings ({', '.join('--' + n.replace('_', '-') for n in _FLAGS[what])})"
+            )
+    assert isinstance(agent, FineTuner)
+    agent.start_from(base.policy)
+
+
+_FLAGS = {
+    "observation": ("observation", "size", "frame_stack"),
+    "action": ("env",),
+}
+"""Which flags decide a space."""
+
+
+def _single(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of one action of a chunk."""
+    return {**space, "box": space["box"][-1:]} if "box" in space else dict(space)
+
+
+def _shapes(space: Mapping[str, Any]) -> str:
+    """Return a space in words."""
+    if "dict" in space:
+        parts = space["dict"].items()
+        return " and ".join(f"{name} {_shapes(part)}" for name, part in parts)
+    if "discrete" in space:
+        return f"{space['discrete']} choices"
+    return f"{space['dtype']} {list(space['box'])}"

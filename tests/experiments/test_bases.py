@@ -1,0 +1,151 @@
+"""`train --base RUN`: a policy that imitates goes on by reinforcement learning; what is kept, and what refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents import Policy
+from agents.core.errors import UserError
+from agents.policy import read_config
+from agents.registry import AGENTS
+from experiments import collect, imitate
+from experiments.bases import begin_from_base
+from experiments.evaluate import evaluate_run
+from experiments.train import main
+from tests.experiments.helpers import arguments, as_arguments, assert_same_run, resume, train
+
+pytest.importorskip("minari")
+NAMES = sorted(name for name, spec in AGENTS.items() if spec.fine_tunes)
+TASK = {"observation": "state", "episode_length": 12}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that imitate an expert in toy/reach: by a flow, by a diffusion, by a Gaussian."""
+    folder = tmp_path_factory.mktemp("bases")
+    words = {
+        "--expert": True, "--env": "toy/reach", "--size": 24, "--observation": "both", "--frame-stack": 1,
+        "--episode-length": 12, "--episodes": 3, "--root": folder / "data",
+    }  # fmt: skip
+    assert collect.main(["reach/expert-v0", *as_arguments(words)]) == 0
+    for agent in ("flow-policy", "diffusion-policy", "bc"):
+        flags = {
+            "--agent": agent, "--dataset": "reach/expert-v0", "--root": folder / "data", "--run-dir": folder / agent,
+            "--preset": "debug", "--device": "cpu", "--threads": 1, "--seed": 3, "--steps": 8, "--log-every": 4,
+            "--eval-every": 0, "--checkpoint-every": 4, "--action-chunk": 3, "--horizon": 4, "--observation": "state",
+        }  # fmt: skip
+        assert imitate.main(as_arguments(flags)) == 0
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_scratch_a_run_that_is_interrupted_goes_on_exactly(name: str, tmp_path: Path) -> None:
+    """In mid-episode and mid-rollout; its policy predicts as many actions as the task executes."""
+    flags: dict[str, Any] = TASK | {"num_envs": 2, "action_chunk": 3}
+    whole = train(name, "toy/reach", tmp_path / "whole", steps=40, **flags)
+    parts = train(name, "toy/reach", tmp_path / "parts", steps=26, **flags)
+    resume(parts, steps=40)
+    assert_same_run(whole, parts)
+    assert read_config(whole)["configs"]["DenoisingConfig"]["horizon"] == 3
+
+
+@pytest.mark.parametrize("base", ["flow-policy", "diffusion-policy"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_goes_on_from_its_base(name: str, base: str, runs: Path, tmp_path: Path) -> None:
+    """The task's settings and the network are the base's; resumed, the base may be gone."""
+    copied = tmp_path / "base"
+    shutil.copytree(runs / base, copied)
+    flags: dict[str, Any] = {"num_envs": 2, "base": copied}
+    begun = train(name, "toy/reach", tmp_path / "begun", steps=2, **flags)
+    config = read_config(begun)
+    assert config["env"]["action_chunk"] == 3
+    assert config["env"]["observation"] == "state"
+    assert config["configs"]["DenoisingConfig"]["horizon"] == 4
+    assert config["base"]["run"] == str(copied)
+    assert len(config["base"]["digest"]) == 64
+    ours, theirs = Policy.load(begun).agent, Policy.load(copied).agent
+    learned, weights = ours.policy.state_dict(), theirs.average.module.state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(value, learned[key]) for key, value in weights.items()), (
+        "before an update"
+    )
+    whole = train(name, "toy/reach", tmp_path / "whole", steps=40, **flags)
+    parts = train(name, "toy/reach", tmp_path / "parts", steps=26, **flags)
+    shutil.rmtree(copied)
+    resume(parts, steps=40)
+    assert_same_run(whole, parts)
+    learned = Policy.load(whole).agent.policy.state_dict()  # type: ignore[attr-defined]
+    assert any(not torch.equal(value, learned[key]) for key, value in weights.items())
+    file = evaluate_run(whole, distractions=["clean"], episodes=2, workers=0, media=False)
+    assert len(json.loads(file.read_text())["results"]["clean"]["returns"]) == 2
+
+
+def test_a_fine_tuned_run_is_a_base_too(runs: Path, tmp_path: Path) -> None:
+    first = train("reinflow", "toy/reach", tmp_path / "a", steps=26, base=runs / "flow-policy")
+    second = train("dppo", "toy/reach", tmp_path / "b", steps=2, base=first, denoising_steps=5)
+    config = read_config(second)["configs"]["DenoisingConfig"]
+    assert config["denoising_steps"] == 5, "how it draws may be changed"
+    assert config["path"] == "flow"
+
+
+def test_zero_noise_evaluation_is_the_agents_choice(runs: Path, tmp_path: Path) -> None:
+    run = train("fpo++", "toy/reach", tmp_path / "run", steps=2, base=runs / "flow-policy")
+    policy, seen = Policy.load(run), np.zeros(4, np.float32)
+    np.testing.assert_array_equal(policy.act(seen), policy.act(seen))
+
+
+@pytest.mark.parametrize(
+    ("base", "env", "flags", "said"),
+    [
+        ("bc", "toy/reach", {}, "'bc', whose policy does not denoise"),
+        ("data", "toy/reach", {}, "is no run folder"),
+        ("flow-policy", "toy/balance", {}, "observes float32 [4], this task float32 [2]"),
+        ("flow-policy", "toy/reach", {"observation": "pixels"}, "this task uint8 [9, 24, 24]"),
+        ("flow-policy", "toy/reach", {"action_chunk": 5}, "horizon is 4, but the task executes chunks of 5"),
+        ("flow-policy", "toy/reach", {"width": 48}, "--width is 48, but the base's weights are of 32"),
+        ("flow-policy", "toy/reach", {"horizon": 8}, "--horizon is 8, but the base's weights are of 4"),
+    ],
+)  # fmt: skip
+def test_a_base_that_does_not_fit_is_one_line(
+    base: str, env: str, flags: dict[str, Any], said: str, runs: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags = {"frame_stack": 3, "base": runs / base} | flags
+    assert said in refused(capsys, arguments("dppo", env, tmp_path / "run", steps=20, **flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_actions_and_a_base_that_has_changed_are_one_line(runs: Path, tmp_path: Path) -> None:
+    run = train("fpo", "toy/reach", tmp_path / "run", steps=2, base=runs / "flow-policy")
+    config, agent = read_config(run), Policy.load(run).agent
+    begin_from_base(agent, config, config["spaces"])
+    other = config["spaces"] | {"action": config["spaces"]["action"] | {"box": [3, 7]}}
+    with pytest.raises(UserError, match=r"acts in float32 \[2\], this task float32 \[7\]"):
+        begin_from_base(agent, config, other)
+    chunks = config["spaces"] | {"action": config["spaces"]["action"] | {"box": [4, 2]}}
+    begin_from_base(agent, config, chunks)
+    config["base"]["digest"] = "0" * 64
+    with pytest.raises(UserError, match="has changed since"):
+        begin_from_base(agent, config, config["spaces"])
+
+
+def test_an_agent_without_a_denoising_policy_has_no_base(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments("ppo", "toy/reach", tmp_path / "run", base=runs / "flow-policy")
+    assert "--base" in refused(capsys, words)
