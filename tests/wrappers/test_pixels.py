@@ -162,7 +162,9 @@ def make(task: str, distraction: str | None, **settings: Any) -> Pixels:
 def rollout(env: Pixels, steps: int, seed: int) -> list[tuple[bytes, bytes, float, bool, bytes]]:
     rng, seen = np.random.default_rng(seed), []
     for _ in range(steps):
-        action = rng.integers(3) if isinstance(env.unwrapped, Catch) else rng.uniform(-1, 1, 2)
+        space = env.action_space
+        is_discrete = isinstance(space, gymnasium.spaces.Discrete)
+        action = rng.integers(space.n) if is_discrete else rng.uniform(-1, 1, space.shape)
         observation, reward, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
             observation, _ = env.reset()  # goes on with the generators as they are
