@@ -122,6 +122,18 @@ class DPPO(FineTuner):
         remembered = {"chain": chain.samples.transpose(0, 1), "log_prob": log_prob}
         return self.policy.colored(chain.data), remembered
 
+    def choose(self, observation: Observation) -> Tensor:
+        """See `FineTuner.choose`: here, too, the base begins; at its noise levels the policy has learned nothing."""
+        if not self.first:
+            return super().choose(observation)
+        sampler, count = self.evaluation_sampler(), len(next(iter(observation.values())))
+        x = self.policy.start(count, self.acting, self.device)
+        halves = (self.base, range(self.first)), (self.policy, range(self.first, sampler.steps))
+        for policy, steps in halves:
+            condition = policy.condition(observation)
+            x = sampler.sample(policy.denoise, x, condition, self.acting, steps=steps)
+        return self.policy.colored(x)
+
     def policy_loss(
         self, observation: Observation, extras: dict[str, Tensor], advantage: Tensor
     ) -> PolicyLoss:

@@ -171,6 +171,10 @@ class FineTuner(OnPolicyAgent):
         """Return how chunks are drawn when nothing is explored."""
         return self.policy.acting
 
+    def choose(self, observation: Observation) -> Tensor:
+        """Return chunks [B, H, A] that do not explore, in the actions' coordinates; noise comes from `acting`."""
+        return self.policy.sample(observation, self.acting, sampler=self.evaluation_sampler())
+
     # ------------------------------------------------------------------------------------ acting
 
     def start_from(self, policy: DenoisingPolicy) -> None:
@@ -197,8 +201,7 @@ class FineTuner(OnPolicyAgent):
             chunk, extras = self.draw(observation)
             extras["value"] = self.critic(observation)
         else:
-            sampler = self.evaluation_sampler()
-            chunk = self.policy.sample(observation, self.acting, sampler=sampler)
+            chunk = self.choose(observation)
         chunk = chunk.clamp(-1, 1)
         executed = chunk[:, : self.executed] if self.chunks.is_chunk else chunk[:, 0]
         return executed.cpu().numpy(), None, extras

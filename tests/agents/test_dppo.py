@@ -113,6 +113,30 @@ def test_the_base_begins_and_the_policy_goes_on() -> None:
     assert not torch.equal(agent.act(seen, explore=True)[2]["chain"][:, 0], after[:, 0])
 
 
+@pytest.mark.parametrize("noise_correlation", [0.0, 0.5])
+def test_what_does_not_explore_begins_with_the_base_too(noise_correlation: float) -> None:
+    """The base takes the first step of the four, the policy the other three, as in what is learned from."""
+    agent = make(
+        "dppo", noise_level=0.5, start_noise=0.5, noise_correlation=noise_correlation, clip_x0=0.0
+    )
+    if noise_correlation:
+        chunks = torch.randn(64, 4, 2, generator=torch.Generator().manual_seed(0)).cumsum(1)
+        for policy in (agent.policy, agent.base):
+            policy.noise.fit([chunks])
+    move(agent.policy)
+    seen, generator = {"state": torch.randn(5, 3)}, torch.Generator().manual_seed(8)
+    x = 0.5 * torch.randn(5, 4, 2, generator=generator)
+    for index in range(4):
+        policy = agent.base if index == 0 else agent.policy
+        step = policy.acting.step(policy.denoise, x, index, policy.condition(seen))
+        x = step.mean
+        if step.std:
+            x = x + step.std * torch.randn(5, 4, 2, generator=generator)
+    expected = agent.policy.colored(x).clamp(-1, 1).detach().numpy()
+    agent.seed_actions(8)
+    np.testing.assert_allclose(agent.act(seen, explore=False)[0], expected, atol=1e-6)
+
+
 def test_the_imitation_term_is_how_likely_the_bases_chains_are() -> None:
     agent = make("dppo", bc_coefficient=0.1)
     seen, extras = remembered(agent)
