@@ -10,6 +10,7 @@ from typing import Any
 
 from agents.core.agent import Agent
 from agents.core.errors import UserError
+from agents.generative_policies.dppo import DPPO
 from agents.generative_policies.fine_tuning import FineTuner
 from agents.generative_policies.imitation import ACTING, Imitation
 from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
@@ -67,7 +68,7 @@ def find_base(run: Path, *, device: str = "cpu") -> Base:
     """Return the policy of a run folder.
 
     Raises:
-        UserError: there is none, or none that denoises.
+        UserError: there is none, none that denoises, or one that is two networks in turn.
     """
     loaded = Policy.load(run, device=device)
     agent = loaded.agent
@@ -80,6 +81,11 @@ def find_base(run: Path, *, device: str = "cpu") -> Base:
         raise UserError(
             f"--base {run} is a run of '{loaded.config['agent']}', whose policy does not denoise; give one of "
             "diffusion-policy or flow-policy, made by python -m experiments.imitate"
+        )
+    if isinstance(agent, DPPO) and agent.first:
+        raise UserError(
+            f"--base {run} learned the last {agent.learned} of its {agent.sampler.steps} denoising steps, and leaves "
+            "the others to a network of its own; give a run with --fine-tuned-steps 0, or go on with --resume"
         )
     task = loaded.config["env"]
     return Base(

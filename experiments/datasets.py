@@ -232,6 +232,11 @@ class Dataset:
         """Actions of all episodes."""
         return int(self._minari.total_steps)
 
+    def steps(self, index: int) -> int:
+        """Return the actions of an episode, without reading it."""
+        (own,) = self._minari.storage.get_episode_metadata([index])
+        return int(own["total_steps"])
+
     def __getitem__(self, index: int) -> Episode:
         """Return an episode; `observations` is as Minari gives it (arrays over time)."""
         return self.read(index)

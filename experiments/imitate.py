@@ -161,8 +161,6 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         )
     if given["episodes"] is not None and given["episodes"] < 1:
         raise UserError(f"--episodes is {given['episodes']}; give at least 1")
-    if given.get("split") == "test":
-        raise UserError("--split test is what evaluations are made of; choose on validation")
     device = check_device(given["device"])
     root = root_folder(given["root"]).expanduser().resolve()
     names = list(dict.fromkeys(given["dataset"]))
@@ -177,6 +175,10 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     chosen = {"action_chunk": DEFAULT_CHUNK, **given}
     flags = {name: chosen[name] for name in OF_THE_TASK if name in chosen}
     task = changed({**settings, "protocol": None}, flags, OF_THE_TASK, "--dataset")
+    if task["split"] == "test":
+        raise UserError(
+            "--split test is what evaluations are made of; choose on train or validation"
+        )
     check_observation(settings["observation"], task["observation"], names[0])
     sources = (find_preset(given["preset"], device), given)
     loop = fill(loop_settings(given["agent"]), *sources)
@@ -215,7 +217,8 @@ def common_task(datasets: dict[str, Dataset], env: str | None) -> dict[str, Any]
     """Return the settings of the first data set's task.
 
     Raises:
-        UserError: a data set is of another task than `env`, or than the first; or its steps are chunks.
+        UserError: a data set is of another task than `env`, or than the first; its steps are chunks; or it shows what
+            evaluations are made of.
     """
     (first, *_), settings = datasets, next(iter(datasets.values())).about["settings"]
     if env is not None and env != settings["id"]:
@@ -234,6 +237,11 @@ def common_task(datasets: dict[str, Dataset], env: str | None) -> dict[str, Any]
             raise UserError(
                 f"dataset '{name}' was collected in chunks of {own['action_chunk']} actions, between which nothing was "
                 "seen; collect it with --action-chunk 1"
+            )
+        if own["split"] == "test" and own["distraction"]:
+            raise UserError(
+                f"dataset '{name}' shows {own['distraction']} of the test split, which evaluations are made of; draw "
+                f"it anew: python -m experiments.collect NEW-v0 --rerender {name} --split train"
             )
     return settings
 

@@ -132,7 +132,7 @@ def load_demonstrations(
     if not any(chosen.values()):
         which = "successful episodes" if about["only_successful"] else "episodes"
         raise UserError(f"there are no {which} in {', '.join(datasets)}; collect some")
-    rows = sum(data.total_steps for data in datasets.values())
+    rows = sum(datasets[name].steps(index) for name in chosen for index in chosen[name])
     store = Demonstrations(
         observation_space,
         _single(action_space),

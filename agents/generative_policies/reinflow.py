@@ -135,6 +135,11 @@ class ReinFlow(FineTuner):
     def prepare(self) -> dict[str, Field]:
         """See `FineTuner.prepare`: the chain, and its log-probability."""
         config, policy = self.config, self.policy
+        if config.clip_samples and policy.noise is not None:
+            raise UserError(
+                "correlated noise runs in coordinates of its own, where clip_samples has no meaning; give "
+                "--clip-samples 0"
+            )
         limits = Limits(x0=policy.config.clip_x0 or None, sample=config.clip_samples or None)
         self.sampler: Sampler = policy.sampler(LearnedNoise(), limits=limits)
         self.flow: Sampler = policy.sampler(Euler(), limits=limits)

@@ -235,6 +235,7 @@ def test_without_a_base_states_are_normalized_by_what_was_seen() -> None:
         ("fpo", {"draws": 0}, "draws is 0"),
         ("fpo", {"inpaint": True, "horizon": 6}, "give --no-inpaint"),
         ("fpo", {"surrogate": "clip"}, "surrogate"),
+        ("reinflow", {"noise_correlation": 0.5}, "give --clip-samples 0"),
         ("reinflow", {"smallest_noise": 0.3}, "two increasing numbers"),
         ("reinflow", {"entropy_coefficient": -1.0}, "entropy_coefficient is -1.0"),
     ],

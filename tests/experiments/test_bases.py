@@ -103,6 +103,17 @@ def test_a_fine_tuned_run_is_a_base_too(runs: Path, tmp_path: Path) -> None:
     assert config["path"] == "flow"
 
 
+def test_half_a_chain_is_no_base(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first steps are its own base's: alone, the fine-tuned network is not the policy that was learned."""
+    flags = {"base": runs / "flow-policy", "denoising_steps": 2, "fine_tuned_steps": 1}
+    half = train("dppo", "toy/reach", tmp_path / "half", steps=2, **flags)
+    words = arguments("dppo", "toy/reach", tmp_path / "on", steps=2, base=half)
+    assert "learned the last 1 of its 2 denoising steps" in refused(capsys, words)
+    assert not (tmp_path / "on").exists()
+
+
 def test_zero_noise_evaluation_is_the_agents_choice(runs: Path, tmp_path: Path) -> None:
     run = train("fpo++", "toy/reach", tmp_path / "run", steps=2, base=runs / "flow-policy")
     policy, seen = Policy.load(run), np.zeros(4, np.float32)

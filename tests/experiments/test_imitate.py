@@ -15,8 +15,11 @@ import pytest
 
 import envs
 from agents import Policy
+from agents.core.demonstrations import Demonstrations
 from agents.core.offline import OfflineLoop
-from experiments import collect, evaluate, export, imitate, record, train
+from experiments import (
+    collect, evaluate, export, imitate, imitation_session, record, train,
+)  # fmt: skip
 from experiments.compare import difference, final_state
 from experiments.datasets import Dataset, DatasetWriter, play
 from experiments.evaluate import evaluate_run
@@ -270,6 +273,40 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert said in refused(capsys, arguments(made, tmp_path / "run", **flags))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_test_split_is_not_learned_from(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither its videos nor its colors, and no evaluation on the way is made of them."""
+    shown = ["--rerender", "reach/expert-v0", "--root", str(root), "--split", "test"]
+    assert collect.main(["reach/seen-v0", *shown, "--distraction", "video_hard"]) == 0
+    assert collect.main(["reach/clean-v0", *shown]) == 0
+
+    def said(*datasets: str, **flags: Any) -> str:
+        return refused(capsys, arguments(root, tmp_path / "run", dataset=datasets, **flags))
+
+    for flags in ({}, {"split": "train"}):
+        told = said("reach/expert-v0", "reach/seen-v0", **flags)
+        assert "dataset 'reach/seen-v0' shows video_hard of the test split" in told
+    assert "--split test is what" in said("reach/clean-v0", distraction="color_hard")
+    make(root, tmp_path / "run", dataset="reach/clean-v0", split="train")
+
+
+def test_only_the_episodes_that_are_learned_are_kept(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is asked for one episode, not for the three that the data set has."""
+    rows = []
+
+    class Counted(Demonstrations):
+        def __init__(self, *spaces: Any, **settings: Any) -> None:
+            rows.append(settings["rows"])
+            super().__init__(*spaces, **settings)
+
+    monkeypatch.setattr(imitation_session, "Demonstrations", Counted)
+    make(made, tmp_path / "run", episodes=1)
+    assert rows == [STEPS]
 
 
 def test_data_that_does_not_fit_is_one_line(
