@@ -164,7 +164,8 @@ AGENTS: dict[str, AgentSpec] = {
         (DPPOConfig(), _DIFFUSION),
         "DPPO: PPO on the denoising steps of a diffusion policy",
         on_policy=True,
-        acting=_DRAWING,
+        # Not the number of steps: the last K' of another chain are other noise levels than those that were learned.
+        acting=tuple(name for name in _DRAWING if name != "denoising_steps"),
         fine_tunes=True,
     ),
     "fpo": AgentSpec(

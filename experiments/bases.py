@@ -103,7 +103,16 @@ def find_base(run: Path, *, device: str = "cpu") -> Base:
 def chunks_of_the_task(
     config: DenoisingConfig, given: Mapping[str, Any], action_chunk: int
 ) -> DenoisingConfig:
-    """Return a policy without a base, which predicts what the task executes unless a flag says otherwise."""
+    """Return a policy without a base, which predicts what the task executes unless a flag says otherwise.
+
+    Raises:
+        UserError: its noise is to be correlated as demonstrations are, which there are none of.
+    """
+    if config.noise_correlation:
+        raise UserError(
+            f"--noise-correlation is {config.noise_correlation}, a share of how demonstrated actions are correlated, "
+            "and without --base there are none; leave it out, or give a --base that has it"
+        )
     return config if "horizon" in given else dataclasses.replace(config, horizon=action_chunk)
 
 

@@ -114,6 +114,23 @@ def test_half_a_chain_is_no_base(
     assert not (tmp_path / "on").exists()
 
 
+def test_half_a_chain_is_not_evaluated_as_half_of_another(runs: Path, tmp_path: Path) -> None:
+    """The last 10 of 20 steps learned; all 10 of a chain of 10 would be the fine-tuned network's."""
+    flags = {"base": runs / "flow-policy", "denoising_steps": 4, "fine_tuned_steps": 2}
+    run = train("dppo", "toy/reach", tmp_path / "run", steps=2, **flags)
+    with pytest.raises(UserError, match="unknown setting of acting 'denoising_steps'"):
+        Policy.load(run, acting={"denoising_steps": 2})
+    assert Policy.load(run, acting={"start_noise": 0.0}).act(np.zeros(4, np.float32)).shape == (3, 2)
+
+
+def test_correlated_noise_needs_demonstrations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments("fpo", "toy/reach", tmp_path / "run", steps=2, noise_correlation=0.5)
+    assert "without --base there are none" in refused(capsys, words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_zero_noise_evaluation_is_the_agents_choice(runs: Path, tmp_path: Path) -> None:
     run = train("fpo++", "toy/reach", tmp_path / "run", steps=2, base=runs / "flow-policy")
     policy, seen = Policy.load(run), np.zeros(4, np.float32)
