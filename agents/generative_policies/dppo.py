@@ -12,8 +12,8 @@ Differences from the authors' code, beside those of `fine_tuning`:
 - A single fine-tuned step (K' = 1) has the last step's clip; there it is 0/0.
 - Any path and prediction: a flow is fine-tuned by the posterior of a flow.
 - Log-probabilities are those of the samples as they were drawn; there the last one is clipped to [-1, 1] before.
-- Evaluation draws as the policy's own settings say, the base first as ever: `rule`, `noise_level` (0 is DDIM), `min_std` and `start_noise`.
-  There it is DDPM with a floor of 1e-3 from states, DDIM from pixels.
+- Evaluation draws as the policy's own settings say: `rule`, `noise_level` (0 is DDIM), `min_std` and `start_noise`.
+  There it is DDPM with a floor of 1e-3 from states, DDIM from pixels. As in training, the base takes the first steps.
 - eta is a setting and is not learned; there is no entropy bonus.
 """
 

@@ -120,7 +120,10 @@ def test_half_a_chain_is_not_evaluated_as_half_of_another(runs: Path, tmp_path: 
     run = train("dppo", "toy/reach", tmp_path / "run", steps=2, **flags)
     with pytest.raises(UserError, match="unknown setting of acting 'denoising_steps'"):
         Policy.load(run, acting={"denoising_steps": 2})
-    assert Policy.load(run, acting={"start_noise": 0.0}).act(np.zeros(4, np.float32)).shape == (3, 2)
+    assert Policy.load(run, acting={"start_noise": 0.0}).act(np.zeros(4, np.float32)).shape == (
+        3,
+        2,
+    )
 
 
 def test_correlated_noise_needs_demonstrations(

@@ -17,9 +17,7 @@ import envs
 from agents import Policy
 from agents.core.demonstrations import Demonstrations
 from agents.core.offline import OfflineLoop
-from experiments import (
-    collect, evaluate, export, imitate, imitation_session, record, train,
-)  # fmt: skip
+from experiments import collect, evaluate, export, imitate, imitation_session, record, train
 from experiments.compare import difference, final_state
 from experiments.datasets import Dataset, DatasetWriter, play
 from experiments.evaluate import evaluate_run
