@@ -264,7 +264,11 @@ def test_impossible_settings_are_refused(field, value):
         dataclasses.replace(TINY, **{field: value})
 
 
-ON_POLICY = [name for name, spec in AGENTS.items() if spec.on_policy and spec.loop is None]
+ON_POLICY = [
+    name
+    for name, spec in AGENTS.items()
+    if spec.on_policy and spec.loop is None and not spec.fine_tunes
+]
 
 
 @pytest.mark.parametrize("name", ON_POLICY)

@@ -150,7 +150,7 @@ def test_presets_name_only_fields_that_exist_and_auto_follows_the_device() -> No
     assert find_preset("auto", "cpu") is PRESETS["cpu"]
     assert find_preset("auto", "cuda:0") is PRESETS["gpu"]
     known: set[str] = set()
-    for agent in ("sgqn", "drqv2"):
+    for agent in ("sgqn", "drqv2", "fpo"):
         known |= {action.dest for action in parser(agent)._actions}
     for values in PRESETS.values():
         assert values.keys() <= known
