@@ -54,6 +54,8 @@ def test_environments_are_cycled_and_the_growth_is_written(tmp_path: Path) -> No
         "0",
         "--cycles",
         "300",
+        "--limit",
+        "1000",  # this process holds much besides, and 300 cycles are short: a megabyte of it comes and goes
         "--out",
         str(tmp_path / "out"),
     ]
