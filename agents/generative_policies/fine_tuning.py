@@ -129,9 +129,11 @@ class FineTuner(OnPolicyAgent):
             self.moments = RunningMoments(spaces["state"].shape).to(self.device)
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
         self.extras = {"value": Field(), **self.prepare()}
-        self.actor_optimizer = torch.optim.Adam(self.actor_parameters(), lr=config.learning_rate)
+        self.actor_optimizer = torch.optim.Adam(
+            self.actor_parameters(), lr=config.learning_rate, fused=True
+        )
         self.critic_optimizer = torch.optim.Adam(
-            self.critic.parameters(), lr=config.critic_learning_rate
+            self.critic.parameters(), lr=config.critic_learning_rate, fused=True
         )
         self.rollout_length, self.gradient_updates, self.rollouts = config.rollout_length, 0, 0
         size = min(config.minibatch_size, config.rollout_length * num_envs)

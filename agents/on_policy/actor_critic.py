@@ -172,7 +172,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
         self.network.to(self.device)
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=config.learning_rate, eps=1e-5
+            self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
         )
         self.extras = {"log_prob": Field(), "value": Field()}
         if self.keeps_policy:
@@ -346,7 +346,8 @@ class OnPolicyActorCritic(OnPolicyAgent):
     def descend(self, loss: Tensor) -> Tensor:
         """Take one gradient step of what the optimizer holds, and return the gradient's norm before it was scaled."""
         moved = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in moved:  # `zero_grad` spends 50 microseconds more on its bookkeeping
+            parameter.grad = None
         loss.backward(inputs=moved)
         norm = nn.utils.clip_grad_norm_(moved, self.config.max_gradient_norm)
         self.optimizer.step()

@@ -98,7 +98,7 @@ class ActorValue(nn.Module):
             parts.append(self.encoder(normalized["pixels"]))
         if "state" in normalized:
             parts.append(normalized["state"])
-        projected = self.trunk(torch.cat(parts, dim=1))
+        projected = self.trunk(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
         if self.memory is None:
             return projected, None
         memory = self.memory(projected, normalized.get("memory"), normalized.get("lengths"))
