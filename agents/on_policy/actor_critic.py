@@ -169,7 +169,8 @@ class OnPolicyActorCritic(OnPolicyAgent):
                 critic=self._quantile_critic if config.critic != "mean" else None,
                 memory_size=config.memory_size,
             )
-        self.network.to(self.device)
+        # NHWC convolutions take a tenth to a fifth less time on a CPU.
+        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
