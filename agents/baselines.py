@@ -36,8 +36,9 @@ from agents.core.saliency import frame_saliency, input_gradient
 BASELINE = "sb3-"
 """How the names of Stable-Baselines3's agents begin, in run folders and on the command line."""
 
-MODEL, NORMALIZATION = "model.zip", "normalization.json"
-"""Files of such a run folder: what `model.save` wrote, and the statistics of `VecNormalize` where it has some."""
+MODEL, NORMALIZATION, PROGRESS = "model.zip", "normalization.json", "progress.json"
+"""Files of such a run folder: what `model.save` wrote, the statistics of `VecNormalize` where it has some, and how far
+it came, of which the zip does not know the frames."""
 
 
 class SB3Agent(Agent):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from agents.baseline_files import training_counts
-from agents.baselines import BASELINE, MODEL, NORMALIZATION, SB3Agent, load_sb3
+from agents.baselines import BASELINE, MODEL, NORMALIZATION, PROGRESS, SB3Agent, load_sb3
 from agents.core.agent import Agent, as_observation
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
@@ -128,10 +128,8 @@ class Policy(Actor):
         store = CheckpointStore(Path(run), identity=run_identity(config))
         parts = store.load(None if checkpoint == "latest" else checkpoint)
         spec = _agent_spec(config)
-        configs = [
-            _changed(from_dict(type(c), config["configs"][type(c).__name__]), spec, acting or {})
-            for c in spec.configs
-        ]
+        trained = [from_dict(type(c), config["configs"][type(c).__name__]) for c in spec.configs]
+        configs = [_changed(own, spec, acting or {}) for own in trained]
         agent = make_agent(
             config["agent"],
             space_from_json(config["spaces"]["observation"]),
@@ -140,6 +138,8 @@ class Policy(Actor):
             device=device,
             num_envs=config["train"].get("num_envs", 1),
         )
+        if acting:
+            agent.trained_as(*trained)
         agent.load_state_dict({"networks": parts["agent"]["networks"]})
         counts = ("agent_steps", "env_frames", "gradient_updates")
         progress = {name: parts["progress"][name] for name in counts}
@@ -150,6 +150,8 @@ class Policy(Actor):
     @classmethod
     def of_sb3(cls, path: str | Path, agent: SB3Agent, task: dict[str, Any]) -> Policy:
         """Return the policy of a Stable-Baselines3 zip that `load_sb3` has loaded.
+
+        A zip knows no frames: they are counted as if no end of an episode had cut a repeat short.
 
         Args:
             path: the zip.
@@ -180,6 +182,8 @@ class Policy(Actor):
         )
         policy = cls.of_sb3(run / MODEL, agent, config["env"])
         policy.config = config
+        if (run / PROGRESS).is_file():  # older runs have none
+            policy.progress["env_frames"] = json.loads((run / PROGRESS).read_text())["env_frames"]
         return policy
 
     def act(self, observation: Any, *, explore: bool = False) -> np.ndarray:

@@ -27,7 +27,7 @@ import torch
 
 import envs
 from agents.baseline_files import normalization_json
-from agents.baselines import BASELINE, MODEL, NORMALIZATION
+from agents.baselines import BASELINE, MODEL, NORMALIZATION, PROGRESS
 from agents.core.errors import UserError
 from agents.core.imports import import_modules, recorded_imports
 from agents.core.logging import Logger
@@ -202,6 +202,7 @@ def _train(run: Path, config: dict[str, Any]) -> None:
         model.learn(settings.steps, callback=protocol)
         if normalizer is not None:
             write_json(run / NORMALIZATION, normalization_json(normalizer))
+        write_json(run / PROGRESS, vars(protocol.progress))
         unfinished = run / f"{MODEL}.tmp"
         model.save(unfinished)
         unfinished.replace(run / MODEL)

@@ -68,6 +68,7 @@ class SB3VectorEnv(VecEnv):
         """
         seen, reward, terminated, truncated, info = self.envs.step_wait()  # type: ignore[attr-defined]
         dropped = info.get("dropped", np.zeros(self.num_envs, bool))
+        taken = info.get("final_info", {}).get("control_steps")
         ended = terminated | truncated
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(ended | dropped):
@@ -76,6 +77,8 @@ class SB3VectorEnv(VecEnv):
             if ended[i]:
                 episode = info["episode"]
                 infos[i]["episode"] = {"r": float(episode["r"][i]), "l": int(episode["l"][i])}
+                if taken is not None:
+                    infos[i]["control_steps"] = int(taken[i])
         self._seen = seen
         return seen, reward.astype(np.float32), ended | dropped, infos
 
@@ -114,7 +117,8 @@ class Protocol(BaseCallback):
         settings: how long and how often.
         logger: where numbers go.
         evaluate: returns scalars by tag.
-        action_repeat: control steps per agent step, to count frames.
+        action_repeat: control steps per agent step, to count frames; `infos["control_steps"]` corrects the last one of
+            an episode.
         line: prints a line for a person.
     """
 
@@ -133,6 +137,7 @@ class Protocol(BaseCallback):
         self.progress = Progress()
         self._returns: list[float] = []
         self._lengths: list[float] = []
+        self._left_out = 0  # control steps that ends of episodes kept from being taken
         self._waiting = False
 
     def _on_training_start(self) -> None:
@@ -149,6 +154,8 @@ class Protocol(BaseCallback):
         episodes = [info["episode"] for info in self.locals["infos"] if "episode" in info]
         self._returns += [episode["r"] for episode in episodes]
         self._lengths += [episode["l"] for episode in episodes]
+        taken = [info["control_steps"] for info in self.locals["infos"] if "control_steps" in info]
+        self._left_out += sum(self.action_repeat - steps for steps in taken)
         self._waiting = True
         if self.locals["n_steps"] + 1 == self.locals["n_rollout_steps"]:
             return True
@@ -162,7 +169,7 @@ class Protocol(BaseCallback):
         self._waiting = False
         progress, settings = self.progress, self.settings
         progress.agent_steps = self.num_timesteps
-        progress.env_frames = self.num_timesteps * self.action_repeat
+        progress.env_frames = self.num_timesteps * self.action_repeat - self._left_out
         progress.gradient_updates = self._gradient_updates()
         progress.wall_seconds = time.perf_counter() - self._started
         if self._due(settings.log_every) or self.num_timesteps >= settings.steps:

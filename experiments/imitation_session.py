@@ -10,7 +10,6 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-import envs
 from agents.core.checkpoints import CheckpointStore
 from agents.core.demonstrations import Demonstrations
 from agents.core.errors import UserError
@@ -75,10 +74,7 @@ class ImitationSession(Session):
         """Return one line on the data, and on the time that the rest of the run will take, evaluations included."""
         left = self.settings.steps - self.loop.state.progress.agent_steps
         update = seconds_per_call(self._twin_update(), calls=6, warmup=2)
-        probe = envs.make_vec(num_envs=1, workers=0, **self.config["env"])
-        probe.reset(seed=0)
-        step = seconds_per_call(lambda: probe.step(probe.action_space.sample()), calls=5, warmup=1)
-        probe.close()
+        _, step = self._measure_steps()
         seconds = left * update + self._evaluations_left(left) * self._episode_steps() * step
         data = self.demonstrations
         return (
@@ -125,7 +121,7 @@ def load_demonstrations(
         name: [
             index
             for index in range(min(len(data), about["episodes"] or len(data)))
-            if not about["only_successful"] or _succeeded(data.read(index, scenes=False))
+            if not about["only_successful"] or _succeeded(name, data.read(index, scenes=False))
         ]
         for name, data in datasets.items()
     }
@@ -159,5 +155,10 @@ def _single(space: gym.Space) -> gym.Space:
     return space
 
 
-def _succeeded(episode: Episode) -> bool:
-    return bool(np.max(episode.infos.get("success", 0.0)) > 0)
+def _succeeded(dataset: str, episode: Episode) -> bool:
+    if "success" not in episode.infos:
+        raise UserError(
+            f"dataset '{dataset}' does not say which of its episodes succeeded, as its task does not tell; leave out "
+            "--only-successful"
+        )
+    return bool(np.max(episode.infos["success"]) > 0)

@@ -195,7 +195,8 @@ def _check_finite(values: dict[str, np.ndarray], step: int) -> None:
             env = int(np.argwhere(~np.isfinite(value))[0, 0])
             bad = value[env][~np.isfinite(value[env])].flat[0]
             raise DivergedError(
-                f"'{name}' is {bad} in environment {env} at step {step} of an evaluation; mend the task"
+                f"'{name}' is {bad} in environment {env} at step {step} of an evaluation",
+                "mend the task",
             )
 
 

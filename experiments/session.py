@@ -35,7 +35,15 @@ from agents.core.settings import from_dict
 from agents.policy import Actor, run_identity, space_to_json
 from agents.registry import find
 from experiments.bases import begin_from_base
-from experiments.estimates import check_batch, random_batch, random_rollout, seconds_per_call
+from experiments.estimates import (
+    Learning,
+    check_batch,
+    measured_learning,
+    random_batch,
+    random_rollout,
+    seconds_per_call,
+    seconds_to_act,
+)
 from experiments.evaluate import enlarge
 from experiments.rollouts import evaluation_scalars, run_episodes
 from experiments.runs import write_json
@@ -75,7 +83,8 @@ class Session:
         if about := config.get("teacher"):
             action_space = self.envs.single_action_space
             self.teacher = load_teacher(about, space, action_space, config["device"])
-        check_batch(self.agent.replay_settings.batch_size, space, config["device"])
+        flag = "--minibatch-size" if self.spec.on_policy else "--batch-size"
+        check_batch(self.agent.replay_settings.batch_size, space, config["device"], flag)
         self.replay = make_store(
             config,
             space,
@@ -200,11 +209,44 @@ class Session:
         if not self.spec.on_policy:
             twin, batch = self.make_agent(seed=0), random_batch(self.envs, size, device)
             return lambda: twin.update(batch)
-        length = -(-size // self.envs.num_envs)
-        learner = self.make_agent(seed=0, rollout_length=length, epochs=1, minibatch_size=size)
-        assert isinstance(learner, OnPolicyAgent)
-        rollout = random_rollout(self.envs, learner, self.config["env"]["frame_stack"], device)
+        learner, rollout = self._twin_rollout(-(-size // self.envs.num_envs), epochs=1)
         return lambda: learner.update(rollout.experience())
+
+    def _twin_rollout(self, length: int, **changes: Any) -> tuple[OnPolicyAgent, Rollout]:
+        """Return another on-policy agent of the same config with rollouts of this length, and one for it."""
+        size = self.agent.replay_settings.batch_size
+        if hasattr(self.spec.configs[0], "critic_warmup"):  # a policy learns, too, most of the time
+            changes["critic_warmup"] = 0
+        twin = self.make_agent(seed=0, rollout_length=length, minibatch_size=size, **changes)
+        assert isinstance(twin, OnPolicyAgent)
+        frames, device = self.config["env"]["frame_stack"], self.config["device"]
+        taught = "teacher" in self.config
+        return twin, random_rollout(self.envs, twin, frames, device, is_taught=taught)
+
+    def _measure_learning(self) -> Learning:
+        """Measure gradient updates on a twin of the agent."""
+        if isinstance(self.settings, OffPolicySettings):
+            seconds = seconds_per_call(self._twin_update(), calls=6, warmup=2)
+            return Learning(seconds, self.settings.updates_per_step)
+        assert isinstance(self.agent, OnPolicyAgent)
+        longest = self.agent.rollout_length
+        shortest = min(longest, -(-self.agent.replay_settings.batch_size // self.envs.num_envs))
+        return measured_learning(self._twin_rollout, shortest=shortest, longest=longest)
+
+    def _measure_steps(self) -> tuple[float, float]:
+        """Return the time of an agent step in training, and in an evaluation: the environment's, and to act."""
+        probe = envs.make_vec(num_envs=1, workers=0, **self.config["env"])
+        probe.reset(seed=0)
+        step = seconds_per_call(lambda: probe.step(probe.action_space.sample()), calls=10, warmup=2)
+        probe.close()
+        twin, device = self.make_agent(seed=0), self.config["device"]
+        train = self.envs.num_envs
+        times = ((train, not self.spec.offline), (self.settings.eval_episodes, False))
+        act, evaluate = (
+            seconds_to_act(twin, self.envs, count, device, explore=explore)
+            for count, explore in times
+        )
+        return step + act, step + evaluate
 
     def account(self) -> str:
         """Return what the run has taken so far."""
@@ -227,13 +269,9 @@ class Session:
         Time is measured on a twin of the agent and fresh environments, so that nothing of the run is touched.
         """
         left = self.settings.steps - self.loop.state.progress.agent_steps
-        update = seconds_per_call(self._twin_update(), calls=6, warmup=2)
-        probe = envs.make_vec(num_envs=1, workers=0, **self.config["env"])
-        probe.reset(seed=0)
-        step = seconds_per_call(lambda: probe.step(probe.action_space.sample()), calls=10, warmup=2)
-        probe.close()
-        seconds = left * (self.updates_per_step() * update + step)
-        seconds += self._evaluations_left(left) * self._episode_steps() * step
+        learning, (step, evaluated) = self._measure_learning(), self._measure_steps()
+        seconds = left * (learning.per_step * learning.seconds + step)
+        seconds += self._evaluations_left(left) * self._episode_steps() * evaluated
         rows = min(self.replay.ring * self.replay.num_envs, self.settings.steps)
         bytes_per_row = self.replay.nbytes / (self.replay.ring * self.replay.num_envs)
         weights = sum(
@@ -245,7 +283,7 @@ class Session:
         free = shutil.disk_usage(self.run).free
         return (
             f"estimate: {seconds / 60:.0f} min for {left:,} agent steps "
-            f"({1000 * update:.0f} ms an update, {1000 * step:.1f} ms a step), "
+            f"({1000 * learning.seconds:.0f} ms an update, {1000 * step:.1f} ms a step), "
             f"{rows * bytes_per_row / 1e9:.2f} GB of replay memory, "
             f"{disk / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)"
         )

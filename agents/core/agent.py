@@ -104,6 +104,13 @@ class Agent(ABC):
     def set_progress(self, agent_steps: int) -> None:  # noqa: B027 - most agents have no schedule
         """Tell schedules how far training is; called by the loop before it acts."""
 
+    def trained_as(self, *configs: Any) -> None:  # noqa: B027 - most agents act as they do, however they were trained
+        """Tell an agent that is to act otherwise than it was trained the configs of its training.
+
+        Args:
+            *configs: as it was built with, then.
+        """
+
     def seed_actions(self, seed: int) -> None:  # noqa: B027 - most agents draw nothing when they do not explore
         """Draw the actions that follow from a fresh stream, so that an evaluation does not depend on the one before."""
 

@@ -99,7 +99,14 @@ class Demonstrations:
         self._seen = observation_fields(observation_space, frame_stack)
         fields = {**self._seen, "action": step_fields(action_space)["action"]}
         nbytes = rows * sum(field.nbytes for field in fields.values())
-        kind, line = choose_storage(storage, nbytes, self.device, directory)
+        kind, line = choose_storage(
+            storage,
+            nbytes,
+            self.device,
+            directory,
+            what="the demonstrations need",
+            remedy="give fewer --episodes, or --observation state",
+        )
         log(f"demonstrations: {line}")
         self._columns = {
             name: allocate(name, rows, field, kind, self.device, directory)

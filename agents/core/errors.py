@@ -36,10 +36,18 @@ class NotFiniteError(ValueError):
 class DivergedError(RuntimeError):
     """A loss, weight, action, observation or reward is not finite, and training stops.
 
-    The text names it; the commands print its one line and exit with code 1.
+    The text names it; the commands print its one line and exit with code 1. The loop adds what is kept of the run.
+
+    Args:
+        what: is not finite, and where.
+        remedy: what may help, in few words.
     """
 
     exit_code = 1
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what} ({remedy})" if remedy else what)
+        self.what, self.remedy = what, remedy
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -80,9 +80,27 @@ def step_fields(action_space: gym.Space) -> dict[str, Field]:
 
 
 def choose_storage(
-    storage: Storage, nbytes: int, device: torch.device, directory: str | Path | None
+    storage: Storage,
+    nbytes: int,
+    device: torch.device,
+    directory: str | Path | None,
+    *,
+    what: str = "the replay needs",
+    remedy: str = "lower --replay-capacity or --size",
 ) -> tuple[Storage, str]:
-    """Return the storage that has room and a line that says so; raise before allocating."""
+    """Return the storage that has room and a line that says so.
+
+    Args:
+        storage: that is asked for; `auto` is the first that has room.
+        nbytes: that are needed.
+        device: of the learner.
+        directory: for files, where there may be some.
+        what: is to be stored, with its verb, in messages.
+        remedy: what makes it smaller, of the flags that the command at hand has.
+
+    Raises:
+        UserError: there is not enough room; nothing was allocated.
+    """
     candidates: list[Storage] = [storage]
     if storage == "auto":
         candidates = ["ram"] if directory is None else ["ram", "mmap"]
@@ -100,8 +118,8 @@ def choose_storage(
             return candidate, f"{nbytes / 1e9:.2f} GB in {candidate} ({free / 1e9:.1f} GB free)"
         tried.append(f"{candidate} has {free / 1e9:.2f} GB free, of which it may use {share:.0%}")
     raise UserError(
-        f"the replay needs {nbytes / 1e9:.2f} GB, but {' and '.join(tried)}; lower "
-        "--replay-capacity or --size, or use --replay-storage mmap"
+        f"{what} {nbytes / 1e9:.2f} GB, but {' and '.join(tried)}; {remedy}"
+        + ("" if "mmap" in candidates else ", or use --replay-storage mmap")
     )
 
 

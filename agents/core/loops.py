@@ -110,6 +110,7 @@ class OnPolicyLoop(TrainingLoop):
         teacher: its actions are stored beside the agent's; to be set before the loop begins or resumes.
     """
 
+    remedy = "lower --learning-rate or --epochs"
     agent: OnPolicyAgent
     replay: Rollout
     teacher: Teacher | None = None

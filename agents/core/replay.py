@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -96,6 +96,9 @@ class Replay(Rows):
         UserError: when the storage has too little room, or spaces that cannot be stored are given.
     """
 
+    smaller: ClassVar[str] = "lower --replay-capacity or --size"
+    """What to do where there is too little room."""
+
     def __init__(
         self,
         observation_space: gym.Space,
@@ -132,7 +135,7 @@ class Replay(Rows):
             extras=extras,
         )
         device = torch.empty(0, device=device).device  # with its index, as tensors have it
-        storage, line = choose_storage(storage, self.nbytes, device, directory)
+        storage, line = choose_storage(storage, self.nbytes, device, directory, remedy=self.smaller)
         log(f"replay: {num_envs * ring:,} rows, {line}")
         super().__init__(
             _row_fields(observation_space, action_space, frame_stack, self._extras),

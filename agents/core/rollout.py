@@ -161,6 +161,8 @@ class Rollout(Replay):
         UserError: the length is not positive, or as `Replay`.
     """
 
+    smaller = "lower --rollout-length, --num-envs or --size"
+
     def __init__(
         self,
         observation_space: gym.Space,

@@ -189,8 +189,28 @@ class RunLoop(ABC):
         self.set_own_parts(parts)
         self._begun = True
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint that --resume goes on from."""
+        return self._saved >= 0
+
     def run(self) -> LoopState:
-        """Train until `settings.steps` (or until asked to stop), save, and return the state."""
+        """Train until `settings.steps` (or until asked to stop), save, and return the state.
+
+        Raises:
+            DivergedError: a number is not finite; the text also says what is kept.
+        """
+        try:
+            return self._run()
+        except DivergedError as error:
+            kept = (
+                ", the last checkpoint is kept"
+                if self.has_checkpoint
+                else " before its first checkpoint"
+            )
+            raise DivergedError(f"{error.what}; training stops{kept}", error.remedy) from error
+
+    def _run(self) -> LoopState:
         progress, settings = self.state.progress, self.settings
         if not self._begun:
             self.begin()
@@ -270,13 +290,11 @@ class RunLoop(ABC):
         for name, values in self._stacked_metrics().items():
             if not (finite := torch.isfinite(values)).all():
                 bad = values[~finite][0]
-                raise DivergedError(
-                    f"{name} is {bad} at {self.unit} {steps}; the last checkpoint is kept"
-                )
+                raise DivergedError(f"{name} is {bad} at {self.unit} {steps}")
         for name, network in self.agent.networks().items():
             for key, tensor in network.state_dict().items():
                 if not torch.isfinite(tensor).all():
-                    raise DivergedError(f"{name}.{key} is not finite; the last checkpoint is kept")
+                    raise DivergedError(f"{name}.{key} is not finite")
 
     def _log(self, bar: tqdm) -> None:
         progress = self.state.progress
@@ -284,8 +302,7 @@ class RunLoop(ABC):
         for name, value in values.items():
             if not math.isfinite(value):
                 raise DivergedError(
-                    f"{name} is {value} at {self.unit} {progress.agent_steps}; training stops, the last "
-                    f"checkpoint is kept ({self.remedy})"
+                    f"{name} is {value} at {self.unit} {progress.agent_steps}", self.remedy
                 )
         clock, rendered = time.perf_counter(), self._rendered()
         seconds = max(clock - self._log_mark[0], 1e-9)

@@ -158,9 +158,11 @@ class TrainingLoop(RunLoop):
         try:
             yield
         except NotFiniteError as error:
+            remedy = "mend the task"
+            if self.has_checkpoint:
+                remedy += ", or begin new episodes from there: --resume with --no-exact-resume"
             raise DivergedError(
-                f"{error} at agent step {self.state.progress.agent_steps}; training stops, the last checkpoint is "
-                "kept (mend the task, or begin new episodes from there: --resume with --no-exact-resume)"
+                f"{error} at agent step {self.state.progress.agent_steps}", remedy
             ) from error
 
     def _check_state(self) -> None:
@@ -205,8 +207,8 @@ class TrainingLoop(RunLoop):
         choice = self.choose()
         if not np.isfinite(choice.action).all():
             raise DivergedError(
-                f"the agent's action is not finite at agent step {progress.agent_steps}; training stops, the last "
-                "checkpoint is kept (lower a learning rate, or use --precision fp32)"
+                f"the agent's action is not finite at agent step {progress.agent_steps}",
+                self.remedy,
             )
         self._seconds["act"] += time.perf_counter() - clock
         clock = time.perf_counter()

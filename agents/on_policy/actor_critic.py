@@ -102,7 +102,8 @@ def mean_metrics(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         value = table[step, names.index("ratio/kl" if "ratio/kl" in bad else bad[0])].item()
         raise DivergedError(
             f"{culprit} is not finite (its metric is {value}) in gradient step {step + 1} of {len(metrics)} of an "
-            "update; training stops, the last checkpoint is kept (lower the learning rate or the epochs)"
+            "update",
+            "lower the learning rate or the epochs",
         )
     means = dict(zip(names, table.mean(0), strict=True))
     if "ratio/largest_deviation" in means:

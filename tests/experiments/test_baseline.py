@@ -199,6 +199,28 @@ def test_its_run_is_evaluated_at_our_steps_and_reported_beside_ours(tmp_path: Pa
         Policy.load(theirs, checkpoint="best")
 
 
+def test_frames_are_the_control_steps_that_were_taken(tmp_path: Path) -> None:
+    """Ours are, too: 9 control steps are agent steps of 4, 4 and 1."""
+    flags = [
+        "--env", "toy/reach", "--observation", "state", "--action-repeat", "4", "--episode-length", "9", "--seed", "2",
+        "--steps", "28", "--eval-every", "0", "--log-every", "14", "--num-envs", "2", "--rollout-length", "14",
+        "--minibatch-size", "14", "--epochs", "1", "--hidden", "8", "--device", "cpu", "--threads", "1",
+    ]  # fmt: skip
+    ours, theirs = tmp_path / "ppo", tmp_path / "sb3"
+    assert train_main(["--agent", "ppo", *flags, "--run-dir", str(ours)]) == 0
+    assert main([*flags, "--run-dir", str(theirs)]) == 0
+    frames = 2 * (4 * 9 + 2 * 4)
+    counts = [Policy.load(run).progress for run in (ours, theirs)]
+    assert [count["env_frames"] for count in counts] == [frames, frames]
+    for run in (ours, theirs):
+        with (run / "metrics.csv").open(newline="") as handle:
+            rows = {
+                (int(row["agent_steps"]), int(row["env_frames"])) for row in csv.DictReader(handle)
+            }
+        assert (14, 2 * (2 * 9 + 4)) in rows
+        assert (28, frames) in rows
+
+
 def test_what_normalizes_is_kept_with_the_policy(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main([*TINY, "--normalize-observation", "--scale-reward", "--run-dir", str(run)]) == 0

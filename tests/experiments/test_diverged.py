@@ -21,9 +21,11 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("checkpoint_every", [20, 1000])
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_reward_that_is_not_a_number_is_named_with_its_step(
     agent: str,
+    checkpoint_every: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -36,11 +38,23 @@ def test_a_reward_that_is_not_a_number_is_named_with_its_step(
         return (math.nan if len(steps) == 40 else reward), terminated, info
 
     monkeypatch.setattr(Reach, "_advance", advance)
-    words = arguments(agent, "toy/reach", tmp_path / "run", steps=200, observation="state")
+    monkeypatch.setattr(Session, "estimate", lambda self: "no estimate")
+    words = arguments(
+        agent, "toy/reach", tmp_path / "run", steps=200, observation="state", threads=1,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
     assert main(words) == 1
     line = last_line(capsys)
-    assert "'reward' is nan in environment 0 at agent step" in line
-    assert "the last checkpoint is kept" in line
+    assert "'reward' is nan in environment 0 at agent step 39; training stops" in line
+    written = list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    if checkpoint_every < 39:
+        assert (
+            ", the last checkpoint is kept (mend the task, or begin new episodes from there" in line
+        )
+        assert written
+    else:
+        assert line.endswith("training stops before its first checkpoint (mend the task)")
+        assert not written
 
 
 @pytest.mark.parametrize("env", ["toy/reach", "gym/CartPole-v1"])
@@ -65,4 +79,5 @@ def test_a_log_ratio_that_is_not_finite_stops_the_run_by_name(
     culprit = "a log-ratio" if env == "toy/reach" else "(a log-ratio|policy/entropy)"
     assert re.match(f"error: {culprit} is not finite", line), line
     assert re.search(r"in gradient step [1234] of 4 of an update", line), line
+    assert "training stops before its first checkpoint (lower the learning rate" in line
     assert list((tmp_path / "run" / "checkpoints").glob("step-*")) == [], "none was written"
