@@ -56,6 +56,7 @@ class AgentSpec:
         acting: fields of the configs that only say how it acts, which evaluations may change.
         fine_tunes: it is a `FineTuner`, whose second config says what its policy is made of, and can begin with the
             policy of another run.
+        unused: fields of that config which the algorithm has no use for; commands refuse their flags.
     """
 
     build: Callable[..., Agent]
@@ -66,6 +67,7 @@ class AgentSpec:
     offline: bool = False
     acting: tuple[str, ...] = ()
     fine_tunes: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def _actor_critic(base: type) -> Callable[..., Agent]:
@@ -92,6 +94,8 @@ _DIFFUSION = DenoisingConfig(
 [-1, 1] takes all gradient. On toy/reach from scratch: 21.1 with x0, 11.6 with noise, 12.7 at random."""
 _FLOW = DenoisingConfig(horizon=4, blocks=1)
 """Rectified flow in ten Euler steps."""
+_INPAINTING = ("inpaint_until",)
+"""What says how chunks are inpainted, which none that is fine-tuned is."""
 _DRAWING = tuple(name for name in ACTING if not name.startswith("inpaint"))
 
 AGENTS: dict[str, AgentSpec] = {
@@ -164,9 +168,9 @@ AGENTS: dict[str, AgentSpec] = {
         (DPPOConfig(), _DIFFUSION),
         "DPPO: PPO on the denoising steps of a diffusion policy",
         on_policy=True,
-        # Not the number of steps: the last K' of another chain are other noise levels than those that were learned.
-        acting=tuple(name for name in _DRAWING if name != "denoising_steps"),
+        acting=_DRAWING,
         fine_tunes=True,
+        unused=_INPAINTING,
     ),
     "fpo": AgentSpec(
         FPO,
@@ -175,6 +179,7 @@ AGENTS: dict[str, AgentSpec] = {
         on_policy=True,
         acting=_DRAWING,
         fine_tunes=True,
+        unused=_INPAINTING,
     ),
     "fpo++": AgentSpec(
         FPO,
@@ -183,6 +188,7 @@ AGENTS: dict[str, AgentSpec] = {
         on_policy=True,
         acting=_DRAWING,
         fine_tunes=True,
+        unused=_INPAINTING,
     ),
     "reinflow": AgentSpec(
         ReinFlow,
@@ -191,6 +197,7 @@ AGENTS: dict[str, AgentSpec] = {
         on_policy=True,
         acting=("denoising_steps", "start_noise", "clip_x0"),
         fine_tunes=True,
+        unused=("rule", "noise_level", "min_std", *_INPAINTING),  # Euler's steps, and noise that is learned
     ),
 }  # fmt: skip
 

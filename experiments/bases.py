@@ -15,6 +15,7 @@ from agents.generative_policies.fine_tuning import FineTuner
 from agents.generative_policies.imitation import ACTING, Imitation
 from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
 from agents.policy import Policy
+from agents.registry import AgentSpec, find
 from experiments.arguments import fill
 from experiments.teachers import networks_digest
 
@@ -23,6 +24,10 @@ OF_THE_TASK = (
     "episode_length",
 )  # fmt: skip
 """Settings of its task that a base's successor has too, unless flags say otherwise."""
+TIMES = ("times", "times_first", "times_second")
+"""How the times of losses are drawn."""
+NO_WEIGHTS = (*ACTING, *TIMES)
+"""Fields of a policy that do not say what its weights are."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +46,38 @@ class Base:
     task: dict[str, Any]
     about: dict[str, str]
 
-    def policy_config(self, agent: DenoisingConfig, given: Mapping[str, Any]) -> DenoisingConfig:
-        """Return what its successor's policy is made of: the same, drawn as flags say.
+    def policy_config(
+        self, spec: AgentSpec, given: Mapping[str, Any], action_chunk: int
+    ) -> DenoisingConfig:
+        """Return what its successor's policy is made of: the same, drawn and learned as flags say.
 
         Args:
-            agent: the policy of the agent that goes on, without a base; zero-noise evaluation is its choice.
+            spec: the agent that goes on; zero-noise evaluation, and what it has no use for, are its own choice.
             given: the flags.
+            action_chunk: actions that the task executes at once.
 
         Raises:
-            UserError: a flag would make it another network.
+            UserError: a flag would make it another network, or it predicts fewer actions than the task executes.
         """
-        own = self.policy.config
+        own, agent = self.policy.config, spec.configs[1]
+        if own.horizon < action_chunk:
+            raise UserError(
+                f"the base predicts {own.horizon} actions at once, but the task executes chunks of {action_chunk}; "
+                "lower --action-chunk, or give a base that was made with a longer --horizon"
+            )
         fields = [field.name for field in dataclasses.fields(DenoisingConfig)]
         for name in fields:
-            if name in given and name not in ACTING and given[name] != getattr(own, name):
+            if name in given and name not in NO_WEIGHTS and given[name] != getattr(own, name):
                 raise UserError(
                     f"--{name.replace('_', '-')} is {given[name]}, but the base's weights are of "
                     f"{getattr(own, name)}; leave the flag out, or --base"
                 )
         config = DenoisingConfig(**{name: getattr(own, name) for name in fields})
-        flags = {name: given[name] for name in ACTING if name in given}
-        return fill(config, {"start_noise": agent.start_noise}, flags)
+        chosen = {name: getattr(agent, name) for name in ("start_noise", *spec.unused)}
+        flags = {name: given[name] for name in NO_WEIGHTS if name in given}
+        if "times" in flags:  # another distribution's numbers are not the base's
+            flags = dict.fromkeys(TIMES[1:]) | flags
+        return fill(config, chosen, flags)
 
 
 def find_base(run: Path, *, device: str = "cpu") -> Base:
@@ -98,6 +114,20 @@ def find_base(run: Path, *, device: str = "cpu") -> Base:
             "digest": networks_digest({"policy": policy}),
         },
     )
+
+
+def refuse_unused(agent: str, given: Mapping[str, Any]) -> None:
+    """Refuse flags of the policy that an agent has no use for.
+
+    Raises:
+        UserError: names the first.
+    """
+    for name in find(agent).unused:
+        if name in given:
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"--{flag} is {given[name]}, but {agent} has no use for it: it has a way of its own; leave --{flag} out"
+            )
 
 
 def chunks_of_the_task(

@@ -32,7 +32,7 @@ from agents.policy import SCHEMA, read_config
 from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
-from experiments.bases import chunks_of_the_task, find_base
+from experiments.bases import chunks_of_the_task, find_base, refuse_unused
 from experiments.imitation_session import ImitationSession
 from experiments.imports import add_import_flag, import_for_run
 from experiments.runs import (
@@ -191,10 +191,11 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     spec = find(given["agent"])
     configs = [fill(config, *sources) for config in spec.configs]
     if spec.fine_tunes:
+        refuse_unused(given["agent"], given)
         configs[1] = (
             chunks_of_the_task(configs[1], given, task.action_chunk)
             if base is None
-            else base.policy_config(configs[1], given)
+            else base.policy_config(spec, given, task.action_chunk)
         )
     return {
         "schema": SCHEMA,
@@ -239,8 +240,11 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     allowed = {"--resume", "--import", "--device", "--threads", "--no-exact-resume"} | {
         f"--{n.replace('_', '-')}" for n in RESUMABLE
     }
-    if "teacher" in config:  # it may have been moved
+    # What may have been moved; that it is still the same is checked.
+    if "teacher" in config:
         allowed |= {"--teacher"}
+    if "demonstrations" in config:
+        allowed |= {"--root"}
     for argument in argv:
         flag = argument.split("=")[0]
         if flag.startswith("--") and flag not in allowed:
@@ -254,6 +258,8 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     config["threads"] = given["threads"] or config.get("threads")
     if given.get("teacher"):
         config["teacher"]["path"] = str(given["teacher"].resolve())
+    if given.get("root"):
+        config["demonstrations"]["root"] = str(given["root"].expanduser().resolve())
     config["train"] |= {name: given[name] for name in RESUMABLE if name in given}
     config["imports"] = list(dict.fromkeys([*recorded_imports(config), *given["imports"]]))
     return run, config

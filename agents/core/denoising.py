@@ -126,12 +126,32 @@ def squared_error(
     if mask is not None:  # before the square: what is padded need not be finite
         difference = difference.masked_fill(~mask, 0.0)
     error = difference.square()
-    if weight is not None:
-        error = error * weight
+    return mean_of_counted(error if weight is None else error * weight, mask)
+
+
+def mean_of_counted(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over every sample's elements that count, [B]; 0 for a sample without any.
+
+    Args:
+        error: [B, ...].
+        mask: bool, broadcastable to it; None counts all.
+    """
     if mask is None:
         return error.flatten(1).mean(1)
     counted = mask.expand_as(error).flatten(1).sum(1)
-    return error.flatten(1).sum(1) / counted.clamp(min=1)
+    return error.masked_fill(~mask, 0.0).flatten(1).sum(1) / counted.clamp(min=1)
+
+
+def check_times(distribution: TimeDistribution, first: float, second: float) -> None:
+    """Refuse numbers that a distribution of times cannot have; see `draw_times`.
+
+    Raises:
+        UserError: says which.
+    """
+    if distribution == "logit_normal" and not second > 0:
+        raise UserError(f"logit-normal times have a spread of {second}; give more than 0")
+    if distribution == "beta" and not (first > 0 and second > 0):
+        raise UserError(f"times of Beta({first}, {second}): give two numbers above 0")
 
 
 def draw_times(
@@ -160,16 +180,13 @@ def draw_times(
     Raises:
         UserError: a distribution's numbers are not positive.
     """
+    check_times(distribution, first, second)
     size = (shape,) if isinstance(shape, int) else shape
     if distribution == "uniform":
         t = 1 - torch.rand(size, generator=generator, device=device)  # in (0, 1]
     elif distribution == "logit_normal":
-        if second <= 0:
-            raise UserError(f"logit-normal times have a spread of {second}; give more than 0")
         t = torch.sigmoid(first + second * torch.randn(size, generator=generator, device=device))
     else:
-        if first <= 0 or second <= 0:
-            raise UserError(f"times of Beta({first}, {second}): give two numbers above 0")
         # torch.distributions draws from the global generator only; this is what it calls.
         a, b = (
             torch._standard_gamma(torch.full(size, p, device=device), generator=generator)

@@ -13,22 +13,26 @@ Differences from the authors' code, beside those of `fine_tuning`:
 - Any path and prediction: a flow is fine-tuned by the posterior of a flow.
 - Log-probabilities are those of the samples as they were drawn; there the last one is clipped to [-1, 1] before.
 - Evaluation draws as the policy's own settings say: `rule`, `noise_level` (0 is DDIM), `min_std` and `start_noise`.
-  There it is DDPM with a floor of 1e-3 from states, DDIM from pixels. As in training, the base takes the first steps.
+  There it is DDPM with a floor of 1e-3 from states, DDIM from pixels. As in training, the base takes the first steps;
+  in a chain of another number of steps, those at noise levels that the policy has not learned.
 - eta is a setting and is not learned; there is no entropy bonus.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from agents.core.agent import Observation
 from agents.core.chain_steps import Limits, reduce_log_prob, standard_normal
+from agents.core.errors import UserError
 from agents.core.fields import Field
+from agents.core.noise_paths import Point
 from agents.core.policy_gradient import ppo_clip
 from agents.core.sampling import Chain, Sampler
 from agents.core.step_rules import Posterior
@@ -77,6 +81,20 @@ class DPPOConfig(FineTuningConfig):
         ("denoising_discount", lambda value: 0 <= value <= 1, "a number in [0, 1]"),
     )
 
+    def __post_init__(self) -> None:
+        """Reject values that the agent cannot run with."""
+        super().__post_init__()
+        if not self.lowest_log_prob < self.highest_log_prob:
+            raise UserError(
+                f"log-probabilities lie between lowest_log_prob {self.lowest_log_prob} and highest_log_prob "
+                f"{self.highest_log_prob}; give two increasing numbers"
+            )
+        if self.clip_base > self.clip:
+            raise UserError(
+                f"the clip grows along a chain, from clip_base {self.clip_base} to clip {self.clip}; lower clip_base "
+                "or raise clip"
+            )
+
 
 def clip_schedule(steps: int, first: float, last: float) -> Tensor:
     """Return the clip of every fine-tuned step, float32 [steps], growing exponentially from `first` to `last`."""
@@ -101,8 +119,7 @@ class DPPO(FineTuner):
             min_log_prob_std=config.log_prob_std,
         )
         self.sampler: Sampler = self.policy.sampler(Posterior(config.eta), limits=limits)
-        self.learned = min(config.fine_tuned_steps or self.sampler.steps, self.sampler.steps)
-        self.first = self.sampler.steps - self.learned
+        self._take_over(self._hand_over(self.sampler.points))
         self.clips = clip_schedule(self.learned, config.clip_base, config.clip).to(self.device)
         before = torch.arange(self.learned - 1, -1, -1, device=self.device)
         self.weights = config.denoising_discount**before
@@ -110,6 +127,32 @@ class DPPO(FineTuner):
             "chain": Field((self.learned + 1, *self.policy.shape)),
             "log_prob": Field((self.learned,)),
         }
+
+    def _hand_over(self, points: Sequence[Point]) -> float:
+        """Return the time at which the policy takes over from the base in a chain of these points."""
+        steps = len(points) - 1
+        return points[max(0, steps - (self.config.fine_tuned_steps or steps))].t
+
+    def _take_over(self, time: float) -> None:
+        """Let the policy take the steps that begin at `time` or nearer to the data."""
+        times = [point.t for point in self.sampler.points[:-1]]
+        self.first = sum(t > time + 1e-6 for t in times)
+        self.learned = self.sampler.steps - self.first
+
+    def trained_as(self, *configs: Any) -> None:
+        """See `Agent.trained_as`: in a chain of other steps, too, the policy acts at the noise levels it has learned.
+
+        Raises:
+            UserError: the chain has no step there.
+        """
+        steps = configs[1].denoising_steps
+        time = self._hand_over(self.policy.path.points(self.policy.path.times(steps)))
+        self._take_over(time)
+        if not self.learned:
+            raise UserError(
+                f"denoising_steps is {self.sampler.steps}: none of these steps is at a noise level that was "
+                f"fine-tuned, the last {self.config.fine_tuned_steps} of {steps}; give more"
+            )
 
     def clip_widths(self) -> Tensor:
         """See `FineTuner.clip_widths`: one for every fine-tuned step."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from agents.core import policy_gradient
 from agents.core.agent import Observation
 from agents.core.chain_steps import standard_normal
-from agents.core.denoising import convert, corrupt, draw_times, squared_error
+from agents.core.denoising import convert, corrupt, squared_error
 from agents.core.errors import UserError
 from agents.core.fields import Field
 from agents.core.noise_paths import Prediction
@@ -63,8 +63,9 @@ class FPOConfig(FineTuningConfig):
     """Factor of every loss; the number of a chunk's actions for a sum over them (FPO++'s manipulation)."""
     loss_limit: float = 0.0
     """Ceiling of a loss, above which it has no gradient; 0 for none (FPO++ bounds them; by how much is ours)."""
-    difference_limit: float = 3.0
-    """Largest difference of two losses before the exponential (FPO 3); 0 for no bound."""
+    difference_limit: float = 0.0
+    """Largest difference of two losses before the exponential; 0 for no bound (FPO's code: none where losses are
+    averaged before, 3 where every pair has a ratio of its own)."""
 
     RANGES: ClassVar[Ranges] = (
         ("draws", at_least_one, "a positive number"),
@@ -88,7 +89,7 @@ SURROGATES = {
 
 FPO_PLUS_PLUS = FPOConfig(
     learning_rate=1e-4, draws=16, per_draw=True, surrogate="asymmetric_trust_region",
-    regression="velocity", loss_limit=20.0,
+    regression="velocity", loss_limit=20.0, difference_limit=3.0,
 )  # fmt: skip
 """FPO++ from scratch; for fine-tuning its authors take surrogate ppo_clip, 8 draws and a learning rate of 1e-5."""
 
@@ -149,16 +150,7 @@ class FPO(FineTuner):
         chain = policy.acting.chain(policy.denoise, start, condition, generator)
         chunk = policy.colored(chain.samples[-1])  # as it was drawn: clipping is the task's
         noise = standard_normal((count, draws, *policy.shape), generator, device=self.device)
-        config = policy.config
-        t = draw_times(
-            policy.path,
-            (count, draws),
-            generator,
-            distribution=config.times,
-            first=config.times_first,
-            second=config.times_second,
-            device=self.device,
-        )
+        t = policy.training_times((count, draws), generator, device=self.device)
         loss = self._losses(condition, chunk, noise, t)
         return chunk, {"chunk": chunk, "noise": noise, "time": t, "loss": loss}
 

@@ -1,4 +1,8 @@
-"""A Gaussian over chunks of actions: the usual behavior cloning, which cannot keep two ways of doing a thing apart."""
+"""A Gaussian over chunks of actions: the usual behavior cloning, which cannot keep two ways of doing a thing apart.
+
+The spread has a smooth floor, as the variances of PETS have (Chua et al. 2018, https://arxiv.org/abs/1805.12114,
+appendix A): at a clamp's floor the gradient is 0, and a spread that once was there would never grow again.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,12 @@ from dataclasses import dataclass
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from agents.core.agent import Observation
 from agents.core.chain_steps import Generators, standard_normal
 from agents.core.demonstrations import Demonstrations
+from agents.core.denoising import mean_of_counted
 from agents.core.errors import UserError
 from agents.core.networks import mlp
 from agents.generative_policies.conditions import ConditionConfig, ConditionEncoder
@@ -61,12 +67,7 @@ class GaussianPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.chunks = read_chunks(action_space)
-        if config.horizon < self.chunks.executed:
-            raise UserError(
-                f"horizon is {config.horizon}, but the task executes chunks of {self.chunks.executed} actions; raise "
-                "--horizon or lower --action-chunk"
-            )
+        self.chunks = read_chunks(action_space, config.horizon)
         self.shape = (config.horizon, self.chunks.action)
         self.condition = ConditionEncoder(spaces, config)
         size = math.prod(self.shape)
@@ -80,7 +81,8 @@ class GaussianPolicy(nn.Module):
     def forward(self, observation: Observation) -> tuple[Tensor, Tensor]:
         """Return the mean [B, H, A] and the spread [H, A]."""
         mean = self.mean(self.condition(observation)).unflatten(1, self.shape)
-        return mean, self.log_std.exp().clamp(min=self.config.smallest_std)
+        lowest = math.log(self.config.smallest_std)
+        return mean, (lowest + F.softplus(self.log_std - lowest)).exp()
 
     def loss(
         self,
@@ -97,10 +99,7 @@ class GaussianPolicy(nn.Module):
         """
         mean, std = self(observation)
         error = 0.5 * ((chunk - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)
-        if mask is None:
-            return error.flatten(1).mean(1)
-        counted = mask.unsqueeze(-1).expand_as(error)
-        return (error * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+        return mean_of_counted(error, None if mask is None else mask.unsqueeze(-1))
 
     def likely(self, observation: Observation) -> Tensor:
         """Return the mean [B, H, A], which is differentiable and not cut off."""

@@ -40,13 +40,19 @@ class ChunkNoise(nn.Module):
         super().__init__()
         if not 0 <= beta < 1:
             raise UserError(f"the noise's correlation is {beta}; give a share from 0 to below 1")
-        self.beta = beta
+        self.horizon, self.beta = horizon, beta
         self.register_buffer("factor", torch.eye(horizon * action))
         self.register_buffer("inverse", torch.eye(horizon * action))
 
     @torch.no_grad()
     def fit(self, chunks: Iterable[Tensor]) -> None:
-        """Take the correlation of chunks [B, H, A] that come in batches."""
+        """Take the correlation of chunks [B, H, A] that come in batches.
+
+        They are whole: a last action that is repeated beyond an episode's end would seem correlated with itself.
+
+        Raises:
+            UserError: there is none.
+        """
         size = len(self.factor)
         total = torch.zeros(size, dtype=torch.float64)
         products = torch.zeros(size, size, dtype=torch.float64)
@@ -56,6 +62,11 @@ class ChunkNoise(nn.Module):
             total += flat.sum(0)
             products += flat.T @ flat
             count += len(flat)
+        if not count:
+            raise UserError(
+                f"no demonstrated episode is as long as a chunk of {self.horizon} actions, whose correlation the noise "
+                "is to have; lower --horizon, or leave out --noise-correlation"
+            )
         mean = total / count
         covariance = products / count - mean.outer(mean)
         spread = covariance.diagonal().clamp(min=0).sqrt()

@@ -9,7 +9,7 @@ import gymnasium as gym
 from torch import nn
 
 from agents.core.denoisers import DiTDenoiser, MLPDenoiser
-from agents.core.denoising import TimeDistribution
+from agents.core.denoising import TimeDistribution, check_times
 from agents.core.errors import UserError
 from agents.core.noise_paths import (
     CosineVP,
@@ -42,10 +42,10 @@ class DenoisingConfig(ConditionConfig):
     """What the network says of a noisy chunk (flows: velocity; Diffusion Policy: noise)."""
     times: TimeDistribution = "uniform"
     """How training times are drawn (uniform; pi0 beta)."""
-    times_first: float = 1.5
-    """First number of the times' distribution (pi0 1.5; the mean of a logit_normal, 0)."""
-    times_second: float = 1.0
-    """Second number of the times' distribution (1; the spread of a logit_normal, 1)."""
+    times_first: float | None = None
+    """First number of the times' distribution; none is beta's 1.5 (pi0), or 0, the mean of a logit_normal."""
+    times_second: float | None = None
+    """Second number of the times' distribution; none is beta's 1 (pi0), or 1, the spread of a logit_normal."""
     denoiser: DenoiserName = "mlp"
     """The network: residual MLP (DPPO), 1-D U-Net (Diffusion Policy), diffusion transformer (CogACT)."""
     width: int = 512
@@ -84,6 +84,12 @@ class DenoisingConfig(ConditionConfig):
         ).split():
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        if min(self.channels, default=0) < 1:
+            shown = " ".join(map(str, self.channels)) or "empty"
+            raise UserError(f"channels is {shown}; give positive numbers, one for each resolution")
+        if self.times not in TIMES:
+            raise UserError.unknown("distribution of times", self.times, TIMES)
+        check_times(self.times, *self.numbers_of_times)
         for name in ("noise_level", "min_std", "start_noise", "clip_x0"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
@@ -93,6 +99,21 @@ class DenoisingConfig(ConditionConfig):
             raise UserError(
                 "correlated noise runs in coordinates of its own, where clip_x0 has no meaning; set one of them to 0"
             )
+
+    @property
+    def numbers_of_times(self) -> tuple[float, float]:
+        """The numbers of the times' distribution; where the config has none, its usual ones."""
+        first, second = TIMES[self.times]
+        return (
+            first if self.times_first is None else self.times_first,
+            second if self.times_second is None else self.times_second,
+        )
+
+
+TIMES: dict[TimeDistribution, tuple[float, float]] = {
+    "uniform": (0.0, 1.0), "logit_normal": (0.0, 1.0), "beta": (1.5, 1.0),
+}  # fmt: skip
+"""Usual numbers of each distribution of times (Esser et al. 2024: rf/lognorm(0, 1); pi0); the uniform one has none."""
 
 
 class Chunks(NamedTuple):
@@ -106,15 +127,24 @@ class Chunks(NamedTuple):
     """Whether the environment takes [h, A]; otherwise [A]."""
 
 
-def read_chunks(space: gym.Space) -> Chunks:
+def read_chunks(space: gym.Space, horizon: int) -> Chunks:
     """Return what an environment's actions are: Box [A], or [h, A] of one that takes chunks.
 
+    Args:
+        space: the environment's.
+        horizon: H, actions that a policy is to predict.
+
     Raises:
-        UserError: others.
+        UserError: others, or more of them than are predicted.
     """
     if not isinstance(space, gym.spaces.Box) or len(space.shape) not in (1, 2):
         raise UserError(f"policies of chunks take Box [A] or [h, A] actions, not {space}")
     executed = space.shape[0] if len(space.shape) == 2 else 1
+    if horizon < executed:
+        raise UserError(
+            f"horizon is {horizon}, but the task executes chunks of {executed} actions; raise --horizon or lower "
+            "--action-chunk"
+        )
     return Chunks(executed, space.shape[-1], len(space.shape) == 2)
 
 

@@ -66,12 +66,7 @@ class DenoisingPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.chunks = read_chunks(action_space)
-        if config.horizon < self.chunks.executed:
-            raise UserError(
-                f"horizon is {config.horizon}, but the task executes chunks of {self.chunks.executed} actions; raise "
-                "--horizon or lower --action-chunk"
-            )
+        self.chunks = read_chunks(action_space, config.horizon)
         if config.inpaint and config.horizon == self.chunks.executed:
             raise UserError(
                 f"nothing is left to inpaint with: horizon and chunk are both {config.horizon}; raise --horizon"
@@ -89,7 +84,8 @@ class DenoisingPolicy(nn.Module):
         """Take the ranges of states and the correlation of chunks from data."""
         self.condition.fit(demonstrations)
         if self.noise is not None:
-            self.noise.fit(batch.chunk for batch in demonstrations.batches(1024))
+            whole = (batch.chunk[batch.mask.all(1)] for batch in demonstrations.batches(1024))
+            self.noise.fit(whole)
 
     def sampler(
         self,
@@ -137,22 +133,28 @@ class DenoisingPolicy(nn.Module):
             mask: bool [B, H], actions that count; None is all.
             draws: pairs of noise and time a sample, which share one pass through the encoder.
         """
-        config = self.config
         condition = self.condition(observation)
         if draws > 1:
             condition, chunk = (x.repeat_interleave(draws, 0) for x in (condition, chunk))
             mask = None if mask is None else mask.repeat_interleave(draws, 0)
-        t = draw_times(
-            self.path,
-            len(chunk),
-            generator,
-            distribution=config.times,
-            first=config.times_first,
-            second=config.times_second,
-            device=chunk.device,
-        )
+        t = self.training_times(len(chunk), generator, device=chunk.device)
         noise = standard_normal(chunk.shape, generator, device=chunk.device)
         return self.loss_at(condition, chunk, noise, t, mask=mask).view(-1, draws).mean(1)
+
+    def training_times(
+        self, shape: int | tuple[int, ...], generator: torch.Generator, *, device: torch.device
+    ) -> Tensor:
+        """Return random times of the losses that the network learns from, as the config says, float32 of `shape`."""
+        first, second = self.config.numbers_of_times
+        return draw_times(
+            self.path,
+            shape,
+            generator,
+            distribution=self.config.times,
+            first=first,
+            second=second,
+            device=device,
+        )
 
     def loss_at(
         self,
@@ -232,7 +234,8 @@ class DenoisingPolicy(nn.Module):
     def likely(self, observation: Observation) -> Tensor:
         """Return a chunk [B, H, A] that depends on the observation alone, differentiable and not cut off: no noise."""
         condition = self.condition(observation)
-        sampler = self.sampler(Posterior(0.0), steps=LOOKING_STEPS, limits=Limits())
+        steps = min(LOOKING_STEPS, self.path.knots or LOOKING_STEPS)
+        sampler = self.sampler(Posterior(0.0), steps=steps, limits=Limits())
         x = torch.zeros(condition.shape[0], *self.shape, device=condition.device)
         x = sampler.sample(self.denoise, x, condition)
         return x if self.noise is None else self.noise.color(x)

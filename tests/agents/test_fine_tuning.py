@@ -230,6 +230,16 @@ def test_without_a_base_states_are_normalized_by_what_was_seen() -> None:
     [
         ("dppo", {"clip": 0.0}, "clip is 0.0"),
         ("dppo", {"eta": 0.0}, "eta is 0.0"),
+        (
+            "dppo",
+            {"lowest_log_prob": 2.0},
+            "lowest_log_prob 2.0 and highest_log_prob 2.0; give two increasing",
+        ),
+        (
+            "dppo",
+            {"clip": 0.005},
+            "from clip_base 0.01 to clip 0.005; lower clip_base or raise clip",
+        ),
         ("dppo", {"exploration_std": 0.0}, "exploration_std is 0.0"),
         ("dppo", {"horizon": 2}, "horizon is 2, but the task executes chunks of 4"),
         ("fpo", {"draws": 0}, "draws is 0"),

@@ -67,8 +67,14 @@ def test_losses_are_bounded_before_their_difference_is() -> None:
     old = torch.tensor([[12.0, 9.0, 1.0, 1.0]])
     new = torch.tensor([[11.0, 11.0, 9.0, 0.5]])
     np.testing.assert_allclose(agent.log_ratio(old, new), [[0.0, -1.0, -3.0, 0.5]])
-    mean = make("fpo", difference_limit=0.0)
-    np.testing.assert_allclose(mean.log_ratio(old, new), [(1 - 2 - 8 + 0.5) / 4])
+    np.testing.assert_allclose(make("fpo").log_ratio(old, new), [(1 - 2 - 8 + 0.5) / 4])
+
+
+def test_fpos_mean_ratio_is_not_bounded_and_fpo_plus_plus_is_as_published() -> None:
+    """FPO's code clips differences to 3 only where every pair has a ratio of its own."""
+    old, new = torch.zeros(1, 2), torch.tensor([[9.0, 1.0]])
+    np.testing.assert_allclose(make("fpo").log_ratio(old, new), [-5.0])
+    np.testing.assert_allclose(make("fpo++").log_ratio(old, new), [[-3.0, -1.0]])
 
 
 def test_a_scaled_loss_has_a_scaled_log_ratio() -> None:

@@ -292,6 +292,29 @@ def test_an_action_that_never_varies_is_correlated_with_nothing() -> None:
     assert torch.equal(still.sum(dim=(1, 2)), torch.ones(H))
 
 
+def test_actions_beyond_an_episodes_end_are_correlated_with_nothing() -> None:
+    """Short episodes of white noise: as padded, the last action is there several times, and 1 with itself."""
+    random = np.random.default_rng(0)
+    single = gym.spaces.Box(-1, 1, (A,), np.float32)
+    length, episodes = H + 2, 400
+    data = Demonstrations(STATE, single, rows=length * episodes, horizon=H, log=lambda _: None)
+    for _ in range(episodes):
+        data.add(random.uniform(-2, 6, (length, 3)), random.uniform(-1, 1, (length, A)))
+    policy = make(noise_correlation=0.9)
+    policy.prepare(data)
+    assert policy.noise is not None
+    told = policy.noise.factor @ policy.noise.factor.T
+    assert (told - torch.eye(H * A)).abs().max() < 0.15, (
+        "3 whole chunks an episode are a small sample"
+    )
+    padded = torch.cat([batch.chunk for batch in data.batches(1024)]).flatten(1)
+    assert np.corrcoef(padded.numpy().T)[-1, -1 - A] > 0.5
+    short = Demonstrations(STATE, single, rows=H - 1, horizon=H, log=lambda _: None)
+    short.add(np.zeros((H - 1, 3)), np.zeros((H - 1, A)))
+    with pytest.raises(UserError, match=f"as long as a chunk of {H} actions.*lower --horizon"):
+        policy.prepare(short)
+
+
 def test_a_chain_in_white_coordinates_is_eulers_with_correlated_noise() -> None:
     policy = make(noise_correlation=0.6, denoising_steps=5)
     policy.prepare(smooth())
@@ -397,9 +420,64 @@ def test_a_gaussian_policys_loss_is_its_negative_log_likelihood() -> None:
     assert torch.equal(policy.sample(seen), mean.clamp(-1, 1))
 
 
+def test_a_gaussians_spread_grows_back_from_its_floor() -> None:
+    """Clamped, it would have no gradient there; Adam brings a smooth floor's back to the spread of the data, 0.5."""
+    config = GaussianConfig(horizon=H, width=16, blocks=1, smallest_std=0.05)
+    policy = GaussianPolicy(observation_boxes(STATE), CHUNK, config)
+    with torch.no_grad():
+        policy.log_std.fill_(-9.0)
+        for parameter in policy.mean.parameters():
+            parameter.zero_()
+    seen, chunk = states(2000), 0.5 * torch.randn(2000, H, A, generator=generator())
+    assert policy(seen)[1].max().item() == pytest.approx(0.05, rel=0.01)
+    optimizer = torch.optim.Adam([policy.log_std], lr=0.3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        policy.loss(seen, chunk, generator()).mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(policy(seen)[1], torch.full((H, A), 0.5), rtol=0.05, atol=0)
+
+
+def test_a_path_of_one_step_tells_where_a_policy_looks() -> None:
+    policy = make(**{**DIFFUSION, "train_steps": 1, "denoising_steps": 1, "clip_x0": 0.0})
+    seen = {"state": states()["state"].requires_grad_()}
+    policy.likely(seen).abs().sum().backward()
+    assert seen["state"].grad is not None
+    assert seen["state"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"times": "logit_normal"}, torch.distributions.Normal(0.0, 1.0)),
+        ({"times": "logit_normal", "times_first": -1.2}, torch.distributions.Normal(-1.2, 1.0)),
+        ({"times": "beta"}, torch.distributions.Beta(1.5, 1.0)),
+        ({"times": "beta", "times_second": 3.0}, torch.distributions.Beta(1.5, 3.0)),
+        ({"times": "uniform", "times_first": 1.5}, torch.distributions.Uniform(0.0, 1.0)),
+    ],
+)
+def test_every_distribution_of_times_has_its_own_numbers(
+    changes: dict[str, Any], expected: torch.distributions.Distribution
+) -> None:
+    """Of a logit-normal by its logits; quantiles against torch's, from as many draws."""
+    policy = make(**changes)
+    t = policy.training_times(20_000, generator(), device=torch.device("cpu"))
+    told = t.logit() if policy.config.times == "logit_normal" else t
+    torch.manual_seed(1)
+    reference = expected.sample((20_000,))
+    at = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    torch.testing.assert_close(told.quantile(at), reference.quantile(at), atol=0.04, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"channels": (0,)}, "channels is 0; give positive numbers"),
+        ({"channels": (8, -1)}, "channels is 8 -1; give positive numbers"),
+        ({"channels": ()}, "channels is empty"),
+        ({"times": "logit_normal", "times_second": 0.0}, "a spread of 0.0"),
+        ({"times": "beta", "times_first": -1.0}, r"Beta\(-1.0, 1.0\)"),
+        ({"times": "normal"}, "did you mean logit_normal"),
         ({"horizon": 3}, "horizon is 3, but the task executes chunks of 4"),
         ({"horizon": 4, "inpaint": True}, "nothing is left to inpaint with"),
         ({"noise_level": 0.5}, "rule euler has no noise, but noise_level is 0.5"),

@@ -114,16 +114,90 @@ def test_half_a_chain_is_no_base(
     assert not (tmp_path / "on").exists()
 
 
-def test_half_a_chain_is_not_evaluated_as_half_of_another(runs: Path, tmp_path: Path) -> None:
-    """The last 10 of 20 steps learned; all 10 of a chain of 10 would be the fine-tuned network's."""
+def asked(policy: Policy) -> dict[str, list[float]]:
+    """Return the times at which a DPPO policy asks its base and its fine-tuned network for one action."""
+    times: dict[str, list[float]] = {"base": [], "policy": []}
+    for name, seen in times.items():
+        network = getattr(policy.agent, name).denoiser
+        network.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(float(x[1][0])))
+    assert policy.act(np.zeros(4, np.float32)).shape == (3, 2)
+    return {name: [round(t, 3) for t in seen] for name, seen in times.items()}
+
+
+def test_a_chain_of_other_steps_hands_over_at_the_noise_level_that_was_learned(
+    runs: Path, tmp_path: Path
+) -> None:
+    """The last 2 of 4 steps learned, from t = .5 on; of 10 steps these are the last 5, of 3 the last."""
     flags = {"base": runs / "flow-policy", "denoising_steps": 4, "fine_tuned_steps": 2}
     run = train("dppo", "toy/reach", tmp_path / "run", steps=2, **flags)
-    with pytest.raises(UserError, match="unknown setting of acting 'denoising_steps'"):
-        Policy.load(run, acting={"denoising_steps": 2})
-    assert Policy.load(run, acting={"start_noise": 0.0}).act(np.zeros(4, np.float32)).shape == (
-        3,
-        2,
+    assert asked(Policy.load(run)) == {"base": [1.0, 0.75], "policy": [0.5, 0.25]}
+    for steps in (10, 3, 2):
+        told = asked(Policy.load(run, acting={"denoising_steps": steps, "start_noise": 0.0}))
+        times = [round(1 - i / steps, 3) for i in range(steps)]
+        assert told == {
+            "base": [t for t in times if t > 0.5],
+            "policy": [t for t in times if t <= 0.5],
+        }
+    with pytest.raises(
+        UserError, match="none of these steps is at a noise level that was fine-tuned"
+    ):
+        Policy.load(run, acting={"denoising_steps": 1})
+    whole = train(
+        "dppo", "toy/reach", tmp_path / "whole", steps=2, **(flags | {"fine_tuned_steps": 0})
     )
+    assert asked(Policy.load(whole, acting={"denoising_steps": 2})) == {
+        "base": [],
+        "policy": [1.0, 0.5],
+    }
+    file = evaluate_run(
+        run,
+        acting=["denoising_steps=2"],
+        distractions=["clean"],
+        episodes=1,
+        workers=0,
+        media=False,
+    )
+    assert json.loads(file.read_text())["acting"] == {"denoising_steps": 2}
+
+
+def test_how_losses_draw_their_times_is_the_successors_choice(runs: Path, tmp_path: Path) -> None:
+    """No weight of the base depends on it; numbers of the base's own distribution are not another's."""
+    base = runs / "flow-policy"
+    run = train("fpo", "toy/reach", tmp_path / "run", steps=2, base=base, times="logit_normal")
+    config = read_config(run)["configs"]["DenoisingConfig"]
+    assert (config["times"], config["times_first"], config["times_second"]) == (
+        "logit_normal",
+        None,
+        None,
+    )
+    flags = {"times": "beta", "times_first": 2.0}
+    run = train("fpo", "toy/reach", tmp_path / "beta", steps=2, base=base, **flags)
+    config = read_config(run)["configs"]["DenoisingConfig"]
+    assert (config["times"], config["times_first"], config["times_second"]) == ("beta", 2.0, None)
+
+
+@pytest.mark.parametrize(
+    ("agent", "flags", "said"),
+    [
+        ("reinflow", {"rule": "heun"}, "--rule is heun, but reinflow has no use for it"),
+        ("reinflow", {"noise_level": 0.5}, "--noise-level is 0.5, but reinflow has no use for it"),
+        ("reinflow", {"min_std": 0.1}, "--min-std is 0.1, but reinflow has no use for it"),
+        ("fpo", {"inpaint_until": 0.5}, "--inpaint-until is 0.5, but fpo has no use for it"),
+    ],
+)
+def test_flags_that_an_agent_has_no_use_for_are_refused(
+    agent: str, flags: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(
+        capsys, arguments(agent, "toy/reach", tmp_path / "run", steps=2, **flags)
+    )
+
+
+def test_reinflow_takes_euler_steps_whatever_its_base_took(runs: Path, tmp_path: Path) -> None:
+    base = runs / "diffusion-policy"
+    assert read_config(base)["configs"]["DenoisingImitationConfig"]["rule"] == "posterior"
+    run = train("reinflow", "toy/reach", tmp_path / "run", steps=2, base=base)
+    assert read_config(run)["configs"]["DenoisingConfig"]["rule"] == "euler"
 
 
 def test_correlated_noise_needs_demonstrations(
@@ -147,7 +221,8 @@ def test_zero_noise_evaluation_is_the_agents_choice(runs: Path, tmp_path: Path) 
         ("data", "toy/reach", {}, "is no run folder"),
         ("flow-policy", "toy/balance", {}, "observes float32 [4], this task float32 [2]"),
         ("flow-policy", "toy/reach", {"observation": "pixels"}, "this task uint8 [9, 24, 24]"),
-        ("flow-policy", "toy/reach", {"action_chunk": 5}, "horizon is 4, but the task executes chunks of 5"),
+        ("flow-policy", "toy/reach", {"action_chunk": 5}, "predicts 4 actions at once, but the task executes chunks of "
+         "5; lower --action-chunk, or give a base"),
         ("flow-policy", "toy/reach", {"width": 48}, "--width is 48, but the base's weights are of 32"),
         ("flow-policy", "toy/reach", {"horizon": 8}, "--horizon is 8, but the base's weights are of 4"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 import envs
 from agents import Policy
+from agents.core import fields
 from agents.core.demonstrations import Demonstrations
 from agents.core.offline import OfflineLoop
 from experiments import collect, evaluate, export, imitate, imitation_session, record, train
@@ -208,6 +210,36 @@ def test_failed_episodes_can_be_left_out(root: Path, tmp_path: Path) -> None:
     assert epochs[-1] == pytest.approx(8 * 8 / ((3 + solved) * STEPS))
 
 
+def test_success_that_was_not_recorded_is_told_from_failure(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    balance = [*REACH, "--root", str(root)]
+    balance[1] = "toy/balance"
+    assert collect.main(["balance/expert-v0", "--expert", *balance]) == 0
+    words = arguments(root, tmp_path / "run", dataset="balance/expert-v0", only_successful=True)
+    said = refused(capsys, words)
+    assert "dataset 'balance/expert-v0' does not say which of its episodes succeeded" in said
+    assert "leave out --only-successful" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_does_not_fit_the_memory_names_flags_that_the_command_has(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fields, "free_bytes", lambda *_: 100)
+    words = arguments(made, tmp_path / "run", replay_storage="ram")
+    said = refused(capsys, words)
+    assert "the demonstrations need 0.00 GB, but ram has 0.00 GB free" in said
+    known = {
+        flag for action in imitate.parser("flow-policy")._actions for flag in action.option_strings
+    }
+    told = re.findall(r"--[a-z-]+", said)
+    assert told == ["--episodes", "--observation", "--replay-storage"]
+    assert known.issuperset(told)
+    said = refused(capsys, arguments(made, tmp_path / "run", replay_storage="mmap"))
+    assert "--replay-storage" not in said, "which is what was tried"
+
+
 def write_broken(root: Path, kind: str) -> str:
     """Write a data set with one thing wrong, and return its id."""
     settings = dict(Dataset(root, "reach/expert-v0").about["settings"])
@@ -354,6 +386,17 @@ def test_a_run_does_not_go_on_with_other_data(
     assert collect.main(["reach/expert-v0", "--random", *REACH, "--root", str(root)]) == 0
     assert "are not those that the run began with" in refused(capsys, more)
     assert "--dataset cannot change with --resume" in refused(capsys, [*more, "--dataset", "x"])
+
+
+def test_a_run_goes_on_with_data_that_was_moved(root: Path, tmp_path: Path) -> None:
+    whole = make(root, tmp_path / "whole", steps=12)
+    run = make(root, tmp_path / "run")
+    moved = tmp_path / "elsewhere"
+    root.rename(moved)
+    assert imitate.main(["--resume", str(run), "--steps", "12", "--root", str(moved)]) == 0
+    assert_same_run(whole, run)
+    config = json.loads((run / "config.json").read_text())
+    assert config["demonstrations"]["root"] == str(moved), "the next time it needs no --root"
 
 
 def test_training_says_where_demonstrations_are_learned_from(
