@@ -15,20 +15,16 @@ by experiments.baseline.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from agents.baselines import BASELINE
 from agents.core.errors import UserError
@@ -40,51 +36,17 @@ from envs import get_spec
 from envs.settings import Settings
 from experiments import baseline, train
 from experiments.arguments import Parser, run_command, terminate_as_interrupt
+from experiments.benchmark_archive import RESULT, Job, archive_run, check_results, collect
 from experiments.compare import difference
 from experiments.demo import steps_left
-from experiments.evaluate import DISTRACTIONS, RANDOM
+from experiments.evaluate import DISTRACTIONS
 from experiments.imports import add_import_flag
-from experiments.runs import check_label, command_line, describe_system
+from experiments.runs import check_label
 from experiments.settings import VectorSettings, loop_settings
 from wrappers.distraction.presets import make_distraction
 
-COLUMNS = (
-    "env", "agent", "seed", "distraction", "episodes", "return_mean", "return_std", "success_mean",
-    "saliency_energy", "saliency_iou", "saliency_pointing", "foreground_area",
-    "agent_steps", "env_frames", "gradient_updates", "wall_minutes", "commit", "run",
-)  # fmt: skip
-
-
 STOPPED = 130
 """Exit code of a run that was stopped: it has saved, and the same command goes on."""
-
-RESULT = "benchmark"
-"""Name of the evaluation that counts."""
-
-ARCHIVED = ("config.json", "system.json", "command.txt")
-ARCHIVED_TAGS = ("eval/", "train/episode_return", "time/fps")
-"""What is kept of a finished run, besides its evaluations: files whole, and of metrics.csv the tags that begin so."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of the grid."""
-
-    label: str
-    """What it is called: an agent's name, or a variant's."""
-    agent: str
-    env: str
-    seed: int
-    folder: Path
-    archive: Path | None = None
-    """Where this run is kept when it has finished."""
-    flags: tuple[str, ...] = ()
-    """What a variant sets."""
-
-    @property
-    def results(self) -> Path:
-        """The folder that holds its evaluation: the archive, once it is there."""
-        return self.archive if self.archive and self.archive.is_dir() else self.folder
 
 
 def parser() -> Parser:
@@ -129,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--episodes and --jobs must be at least 1")
     import_modules(arguments.imports)
     jobs = grid(arguments)
-    _check_results(arguments.out, jobs)
+    check_results(arguments.out, jobs)
     failed = [] if arguments.collect else run_grid(jobs, arguments)
     for folder in failed:
         print(f"failed: {folder}, see {folder}.log", file=sys.stderr)
@@ -253,21 +215,6 @@ def with_new_fields(config: dict[str, Any], wanted: dict[str, Any]) -> dict[str,
     return {**config, **parts, "configs": configs}
 
 
-def _check_results(out: Path, jobs: Sequence[Job]) -> None:
-    """Refuse to replace the results of another grid."""
-    file = out / "results.csv"
-    if not file.is_file():
-        return
-    ours = {(job.env, job.label, str(job.seed)) for job in jobs}
-    with file.open(newline="") as handle:
-        theirs = {(row["env"], row["agent"], row["seed"]) for row in csv.DictReader(handle)}
-    if theirs - ours:
-        env, agent, seed = min(theirs - ours)
-        raise UserError(
-            f"'{file}' also holds {agent} on {env}, seed {seed}, which this grid does not have; give another --out"
-        )
-
-
 _running: dict[subprocess.Popen[bytes], None] = {}
 """Processes of the runs under way."""
 
@@ -324,27 +271,6 @@ def _method(job: Job) -> list[str]:
     return ["--agent", job.agent, *label, "--env", job.env, "--seed", str(job.seed)]
 
 
-def archive_run(run: Path, archive: Path) -> None:
-    """Keep what reports need of a finished run; the archive appears whole or not at all."""
-    unfinished = archive.with_name(archive.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "evaluations").mkdir(parents=True)
-    for name in ARCHIVED:
-        shutil.copyfile(run / name, unfinished / name)
-    shutil.copyfile(
-        run / "evaluations" / f"{RESULT}.json", unfinished / "evaluations" / f"{RESULT}.json"
-    )
-    with (
-        (run / "metrics.csv").open(newline="") as source,
-        (unfinished / "metrics.csv").open("w", newline="") as target,
-    ):
-        reader = csv.DictReader(source)
-        writer = csv.DictWriter(target, reader.fieldnames or ())
-        writer.writeheader()
-        writer.writerows(row for row in reader if row["tag"].startswith(ARCHIVED_TAGS))
-    unfinished.rename(archive)
-
-
 def _logged(command: Sequence[str], log: Path) -> int:
     with log.open("a") as handle:
         process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT)
@@ -353,101 +279,6 @@ def _logged(command: Sequence[str], log: Path) -> int:
         return process.wait()
     finally:
         del _running[process]
-
-
-def collect(jobs: Iterable[Job], out: Path) -> None:
-    """Write results.csv and results.md of the runs that have an evaluation.
-
-    Raises:
-        UserError: none has.
-    """
-    rows = [row for job in jobs for row in _rows(job)]
-    if not rows:
-        raise UserError("no run of this grid was evaluated; see the runs' logs")
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "results.csv").open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    (out / "results.md").write_text(_markdown(rows))
-
-
-def _rows(job: Job) -> list[dict[str, object]]:
-    file = job.results / "evaluations" / f"{RESULT}.json"
-    if not file.is_file():
-        return []
-    result = json.loads(file.read_text())
-    system = json.loads((job.results / "system.json").read_text())
-    with (job.results / "metrics.csv").open() as handle:
-        wall = [float(row["wall_seconds"]) for row in csv.DictReader(handle)]
-    rows = []
-    for name, row in {RANDOM: result["random_policy"], **result["results"]}.items():
-        rows.append({
-            "env": job.env,
-            "agent": job.label,
-            "seed": job.seed,
-            "distraction": name,
-            "episodes": len(row["returns"]),
-            "return_mean": round(float(np.mean(row["returns"])), 2),
-            "return_std": round(float(np.std(row["returns"])), 2),
-            "success_mean": round(float(np.mean(row["success"])), 3) if row["success"] else "",
-            **_saliency_means(row.get("saliency", {})),
-            "agent_steps": result["agent_steps"],
-            "env_frames": result["env_frames"],
-            "gradient_updates": result["gradient_updates"],
-            "wall_minutes": round(max(wall, default=0.0) / 60, 1),
-            "commit": system["commit"],
-            "run": job.folder.name,
-        })  # fmt: skip
-    return rows
-
-
-def _saliency_means(scores: dict[str, list[float | None]]) -> dict[str, object]:
-    """Return the means over episodes, by column; empty cells where nothing was scored."""
-    columns = {"energy": "saliency_energy", "iou": "saliency_iou", "pointing": "saliency_pointing",
-               "area": "foreground_area"}  # fmt: skip
-    means: dict[str, object] = {}
-    for name, column in columns.items():
-        known = [value for value in scores.get(name, []) if value is not None]
-        means[column] = round(float(np.mean(known)), 4) if known else ""
-    return means
-
-
-def _markdown(rows: list[dict[str, object]]) -> str:
-    """Return tables of the mean over seeds, with the spread over seeds and each seed's value."""
-    lines = ["# Results", "", f"Command: `{command_line()}`", ""]
-    hardware = describe_system()["hardware"]
-    commits = sorted({str(row["commit"]) for row in rows})
-    lines += [f"Collected on: {hardware}. Runs' commits: {', '.join(commits)}.", ""]
-    for env in dict.fromkeys(row["env"] for row in rows):
-        here = [row for row in rows if row["env"] == env]
-        distractions = list(dict.fromkeys(str(row["distraction"]) for row in here))
-        lines += [
-            f"## {env}",
-            "",
-            "Mean over seeds ± standard deviation over seeds (each seed's mean).",
-            "",
-        ]
-        lines.append(f"| agent | updates | minutes | {' | '.join(distractions)} |")
-        lines.append("| --- " * (len(distractions) + 3) + "|")
-        for agent in dict.fromkeys(row["agent"] for row in here):
-            cells = []
-            mine = [row for row in here if row["agent"] == agent]
-            for distraction in distractions:
-                values = [
-                    float(str(row["return_mean"]))
-                    for row in mine
-                    if row["distraction"] == distraction
-                ]
-                each = ", ".join(f"{value:.0f}" for value in values)
-                few = "" if len(values) == len({row["seed"] for row in mine}) else ", not all seeds"
-                known = f"{np.mean(values):.0f} ± {np.std(values):.0f} ({each}{few})"
-                cells.append(known if values else "-")
-            minutes = [float(str(row["wall_minutes"])) for row in mine]
-            updates = "/".join(sorted({f"{row['gradient_updates']:,}" for row in mine}))
-            lines.append(f"| {agent} | {updates} | {np.mean(minutes):.0f} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
