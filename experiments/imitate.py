@@ -13,7 +13,6 @@ agent's config is a flag; `--help` shows those of the agent that `--agent` names
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,17 @@ from typing import Any
 import envs
 from agents import AGENTS
 from agents.core.errors import UserError
-from agents.core.imports import import_modules
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import argument_docs, to_dict
-from agents.policy import SCHEMA, read_config
+from agents.policy import SCHEMA
 from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
 from experiments.collect import changed
 from experiments.datasets import Dataset, root_folder
 from experiments.imports import add_import_flag, import_for_run
-from experiments.runs import default_run_dir
 from experiments.settings import VectorSettings, check_device, loop_settings
-from experiments.train import resumed_config, train
+from experiments.train import launch
 
 DEFAULT_AGENT = "flow-policy"
 DEFAULT_CHUNK = 8
@@ -121,36 +118,21 @@ def parser(agent: str) -> Parser:
 @run_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    first = Parser(add_help=False)
-    first.add_argument("--agent", default=DEFAULT_AGENT)
-    first.add_argument("--resume", type=Path)
-    add_import_flag(first)
-    known, _ = first.parse_known_args(argv)
-    agent = known.agent
-    if known.resume:
-        config = read_config(known.resume)
-        agent = config["agent"]
-        import_for_run(config, known.imports, folder=known.resume)
-    else:
-        import_modules(known.imports)
+    return launch(argv, DEFAULT_AGENT, parser, new_config, check_agent)
+
+
+def check_agent(agent: str) -> None:
+    """Refuse an agent that does not learn from demonstrations alone.
+
+    Raises:
+        UserError: names those that do.
+    """
     if not find(agent).offline:
         offline = ", ".join(name for name, spec in AGENTS.items() if spec.offline)
         raise UserError(
             f"agent '{agent}' does not learn from demonstrations alone; give one of {offline}, or use "
             "python -m experiments.train"
         )
-    given = vars(parser(agent).parse_args(argv))
-    if given["threads"] is not None and given["threads"] < 1:
-        raise UserError(f"--threads is {given['threads']}; give a positive number")
-    if given["resume"]:
-        run, config = resumed_config(given, sys.argv[1:] if argv is None else list(argv))
-    else:
-        config = new_config(given)
-        run = given["run_dir"] or default_run_dir(
-            agent, config["env"]["id"], config["train"]["seed"]
-        )
-    train(run, config, resume=bool(given["resume"]))
-    return 0
 
 
 def new_config(given: dict[str, Any]) -> dict[str, Any]:

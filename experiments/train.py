@@ -5,6 +5,7 @@
     python -m experiments.train --resume runs/dmc-cartpole-swingup/sgqn-seed1 --steps 60000
     python -m experiments.train --agent ppo --env dmc/walker-walk --teacher runs/dmc-walker-walk/drqv2-seed1
     python -m experiments.train --agent dppo --env metaworld/drawer-open --base runs/drawer/flow-policy-seed1
+    python -m experiments.train --agent reinflow --base RUN --teacher OTHER --guidance 1 --guidance-decay 20000
     python -m experiments.train --import mypackage --agent mine --env mine/task
 
 Every field of the agent's config is a flag; `--help` shows those of the agent that `--agent` names. Values come from
@@ -120,8 +121,27 @@ def parser(agent: str) -> Parser:
 @run_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
+    return launch(argv, DEFAULT_AGENT, parser, new_config)
+
+
+def launch(
+    argv: Sequence[str] | None,
+    default: str,
+    make_parser: Callable[[str], Parser],
+    make_config: Callable[[dict[str, Any]], dict[str, Any]],
+    check: Callable[[str], None] = lambda agent: None,
+) -> int:
+    """Train a new run, or go on with one, as a command line says; return the exit code.
+
+    Args:
+        argv: the arguments; None for the process's own.
+        default: the agent where none is named.
+        make_parser: from an agent to the parser with its flags.
+        make_config: from parsed flags to the content of a new run's config.json.
+        check: refuses agents that the command does not train.
+    """
     first = Parser(add_help=False)
-    first.add_argument("--agent", default=DEFAULT_AGENT)
+    first.add_argument("--agent", default=default)
     first.add_argument("--resume", type=Path)
     add_import_flag(first)
     known, _ = first.parse_known_args(argv)
@@ -132,8 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_for_run(config, known.imports, folder=known.resume)
     else:
         import_modules(known.imports)
-    given = vars(parser(agent).parse_args(argv))
-    if given["list"]:
+    check(agent)
+    given = vars(make_parser(agent).parse_args(argv))
+    if given.get("list"):
         print("\n".join(envs.list_ids()))
         return 0
     if given["threads"] is not None and given["threads"] < 1:
@@ -141,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given["resume"]:
         run, config = resumed_config(given, sys.argv[1:] if argv is None else list(argv))
     else:
-        config = new_config(given)
+        config = make_config(given)
         run = given["run_dir"] or default_run_dir(
-            given["label"] or agent, given["env"], config["train"]["seed"]
+            given.get("label") or agent, config["env"]["id"], config["train"]["seed"]
         )
     train(run, config, resume=bool(given["resume"]))
     return 0
