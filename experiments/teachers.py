@@ -20,7 +20,9 @@ from agents.registry import find
 from experiments.baseline_policy import is_zip
 from experiments.imports import import_for_run
 
-FLAGS = ("teacher_coefficient", "teacher_decay")
+FLAGS = (
+    "teacher_coefficient", "teacher_decay", "guidance", "guidance_decay", "guided_decisions",
+)  # fmt: skip
 """Fields of the configs of agents that can be taught."""
 
 

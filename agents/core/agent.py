@@ -193,6 +193,22 @@ class OnPolicyAgent(Agent):
     gradient_updates: int
     jumps: int = 0
 
+    def follow(
+        self, action: np.ndarray, state: Any, teacher_action: np.ndarray, extras: dict[str, Tensor]
+    ) -> tuple[np.ndarray, Any]:
+        """Return what is done where a teacher says what it would do: by default what the agent has chosen.
+
+        Args:
+            action: what `act` chose, [B, ...].
+            state: the next one, as `act` returned it.
+            teacher_action: what the teacher would do, like `action`.
+            extras: of `act`; they may be changed.
+
+        Returns:
+            The actions, and the next state.
+        """
+        return action, state
+
 
 def as_observation(observation: Any, device: torch.device) -> dict[str, Tensor]:
     """Turn an environment's observation batch (array or Dict of arrays) into an `Observation` on `device`.

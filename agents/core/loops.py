@@ -122,12 +122,16 @@ class OnPolicyLoop(TrainingLoop):
         action, self.agent_state, extras = self.agent.act(
             observation, self.agent_state, explore=True
         )
+        advice: dict[str, Any] = {}
+        if self.teacher is not None:
+            advice[TEACHER_ACTION] = self.teacher.act(self.observation)
+            action, self.agent_state = self.agent.follow(
+                action, self.agent_state, advice[TEACHER_ACTION], extras
+            )
         space = self.envs.action_space
         is_bounded = isinstance(space, gym.spaces.Box)
         sent = np.clip(action, space.low, space.high) if is_bounded else action  # type: ignore[attr-defined]
-        kept: dict[str, Any] = {name: value.cpu() for name, value in extras.items()}
-        if self.teacher is not None:
-            kept[TEACHER_ACTION] = self.teacher.act(self.observation)
+        kept = {name: value.cpu() for name, value in extras.items()} | advice
         return Choice(action, sent, kept)
 
     def get_memories(self) -> dict[str, Tensor]:

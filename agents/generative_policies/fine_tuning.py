@@ -13,14 +13,14 @@ the authors' code (DPPO's, of which ReinFlow's is a fork):
 - The critic's encoder of observations has the policy's sizes, and starts with the base's weights.
 - A minibatch is of decisions, each with all that the rollout remembers of its chain, which share one pass through the
   encoder; DPPO draws pairs of decision and denoising step.
+
+Where a teacher says what it would do, it may begin episodes, and its chunks are cloned: see `guidance`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
@@ -28,20 +28,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.core.advantages import generalized_advantage
 from agents.core.agent import Observation, OnPolicyAgent, ReplaySettings
 from agents.core.errors import UserError
 from agents.core.fields import Field, observation_boxes
 from agents.core.networks import mlp
 from agents.core.normalizers import RangeNormalizer, RewardScale, RunningMoments
 from agents.core.policy_gradient import ratio_metrics
-from agents.core.rollout import Experience
+from agents.core.rollout import TEACHER_ACTION, Experience
 from agents.core.sampling import Sampler
+from agents.core.schedules import linear
 from agents.generative_policies.conditions import ConditionEncoder
 from agents.generative_policies.fine_tuning_config import FineTuningConfig
+from agents.generative_policies.guidance import (
+    AGENT,
+    GUIDED,
+    TEACHER,
+    cloning_loss,
+    draw_guided,
+)
 from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
-from agents.on_policy.actor_critic import mean_metrics
 from agents.on_policy.losses import normalized, value_loss
+from agents.on_policy.teacher import teacher_weight
+from agents.on_policy.updates import (
+    credited,
+    descend,
+    mean_metrics,
+    passes,
+    take_in_rewards,
+    value_metrics,
+)
 
 
 class PolicyLoss(NamedTuple):
@@ -128,7 +143,10 @@ class FineTuner(OnPolicyAgent):
         if "state" in spaces:
             self.moments = RunningMoments(spaces["state"].shape).to(self.device)
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
+        self.agent_steps = 0  # so far, for schedules
         self.extras = {"value": Field(), **self.prepare()}
+        if config.guidance:
+            self.extras[GUIDED] = Field((), torch.bool)
         self.actor_optimizer = torch.optim.Adam(
             self.actor_parameters(), lr=config.learning_rate, fused=True
         )
@@ -195,18 +213,46 @@ class FineTuner(OnPolicyAgent):
         """Draw chunks; see `Agent.act`.
 
         Returns:
-            Actions float32 [B, h, A] (or [B, A] where the environment takes no chunks), no state, and where it explores
-            what the update needs.
+            Actions float32 [B, h, A] (or [B, A] where the environment takes no chunks), the state as it was given (see
+            `follow`), and where it explores what the update needs.
         """
         extras: dict[str, Tensor] = {}
         if explore:
             chunk, extras = self.draw(observation)
             extras["value"] = self.critic(observation)
+            if self.config.guidance:
+                extras[GUIDED] = torch.zeros(len(chunk), dtype=torch.bool, device=self.device)
         else:
             chunk = self.choose(observation)
         chunk = chunk.clamp(-1, 1)
         executed = chunk[:, : self.executed] if self.chunks.is_chunk else chunk[:, 0]
-        return executed.cpu().numpy(), None, extras
+        return executed.cpu().numpy(), state, extras
+
+    def follow(
+        self, action: np.ndarray, state: Any, teacher_action: np.ndarray, extras: dict[str, Tensor]
+    ) -> tuple[np.ndarray, Any]:
+        """Let the teacher decide in episodes that it begins, until it hands over; see `OnPolicyAgent.follow`.
+
+        The state, float32 [B], says who has decided so far, see `guidance`; 0 where episodes begin.
+        """
+        config = self.config
+        if not config.guidance:
+            return action, state
+        decides = torch.zeros(len(action), device=self.device) if state is None else state
+        share = config.guidance
+        if config.guidance_decay:
+            share = linear(share, 0.0, config.guidance_decay, self.agent_steps)
+        guided = draw_guided(
+            decides, share=share, decisions=config.guided_decisions, generator=self.generator
+        )
+        extras[GUIDED] = guided
+        chosen = guided.cpu().numpy().reshape(-1, *[1] * (action.ndim - 1))
+        done = np.where(chosen, teacher_action, action).astype(action.dtype)
+        return done, torch.where(guided, TEACHER, AGENT)
+
+    def set_progress(self, agent_steps: int) -> None:
+        """Remember how far training is, for schedules."""
+        self.agent_steps = agent_steps
 
     def seed_actions(self, seed: int) -> None:
         """Draw the next actions from a fresh stream; see `Agent.seed_actions`."""
@@ -232,77 +278,80 @@ class FineTuner(OnPolicyAgent):
         advantage, target = self.credit(batch)
         extras = {name: value.flatten(0, 1) for name, value in batch.extras.items()}
         metrics: list[dict[str, Tensor]] = []
-        for index in self._passes(batch, metrics):
+        config = self.config
+        for index in passes(
+            lambda: batch.minibatches(config.minibatch_size, self.order),
+            metrics,
+            epochs=config.epochs,
+            target_kl=config.target_kl,
+        ):
             place = index.to(self.device)
             observation = batch.observation(index)
             step = self._critic_step(observation, target[place])
-            if self.rollouts >= self.config.critic_warmup:
+            if self.rollouts >= config.critic_warmup:
                 own = {name: value[place] for name, value in extras.items()}
                 step |= self._actor_step(observation, own, advantage[place])
             metrics.append(step)
             self.gradient_updates += 1
         self.rollouts += 1
         self._take_in(batch)
-        kept, value = batch.kept.flatten(), extras["value"]
-        spread = target[kept].var(correction=0)
-        unexplained = (target - value)[kept].var(correction=0) / spread.clamp(min=1e-12)
-        return mean_metrics(metrics) | {
-            "value/explained_variance": 1 - unexplained,
-            "value/target": target[kept].mean(),
-        }
+        kept = batch.kept.flatten()
+        means = mean_metrics(metrics) | value_metrics(extras["value"], target, kept)
+        if GUIDED in extras:
+            means["policy/guided"] = extras[GUIDED][kept].float().mean()
+        return means
 
     def credit(self, experience: Experience) -> tuple[Tensor, Tensor]:
         """Return every decision's advantage, and what its value should be, [T * N] each."""
-        config, value = self.config, experience.extras["value"]
-        reward = self.rewards.scale(experience.reward) if config.scale_reward else experience.reward
-        advantage = generalized_advantage(
-            reward,
-            value,
-            experience.next_values(value, self._values),
-            experience.terminated,
-            experience.truncated,
+        config = self.config
+        _, advantage = credited(
+            experience,
+            self._values,
+            self.rewards if config.scale_reward else None,
             discount=config.discount,
             gae_lambda=config.gae_lambda,
         )
-        return advantage.flatten(), (advantage + value).flatten()
-
-    def _passes(self, experience: Experience, metrics: list[dict[str, Tensor]]) -> Iterator[Tensor]:
-        """Yield every pass's minibatches, until the policy is too far from the one that acted."""
-        limit = self.config.target_kl
-        for _ in range(self.config.epochs):
-            begun = len(metrics)
-            yield from experience.minibatches(self.config.minibatch_size, self.order)
-            seen = [m["ratio/kl"] for m in metrics[begun:] if "ratio/kl" in m]
-            if math.isfinite(limit) and seen and torch.stack(seen).mean() > limit:
-                return
+        return advantage.flatten(), (advantage + experience.extras["value"]).flatten()
 
     def _critic_step(self, observation: Observation, target: Tensor) -> dict[str, Tensor]:
         loss = value_loss(self.critic(observation), target)
-        norm = self._descend(self.critic_optimizer, loss)
+        norm = descend(self.critic_optimizer, loss, self.config.max_gradient_norm)
         return {"loss/value": loss.detach(), "gradient_norm/value": norm}
 
     def _actor_step(
         self, observation: Observation, extras: dict[str, Tensor], advantage: Tensor
     ) -> dict[str, Tensor]:
-        if self.config.normalize_advantage:
-            advantage = normalized(advantage)
-        said = self.policy_loss(observation, extras, advantage)
-        norm = self._descend(self.actor_optimizer, said.loss)
-        return {
-            "loss/policy": said.loss.detach(),
-            "gradient_norm/policy": norm,
-            **ratio_metrics(said.log_ratio, clip=self.clip_widths()),
-            **said.metrics,
-        }
-
-    def _descend(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-        """Take one gradient step, and return the gradient's norm before it was scaled down."""
-        moved = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=moved)
-        norm = nn.utils.clip_grad_norm_(moved, self.config.max_gradient_norm)
-        optimizer.step()
-        return norm.detach()
+        """Learn from a minibatch: by the surrogate from the policy's own decisions, by cloning from a teacher's."""
+        taught, guided = extras.pop(TEACHER_ACTION, None), extras.pop(GUIDED, None)
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        weight = teacher_weight(
+            self.config.teacher_coefficient, self.config.teacher_decay, self.agent_steps
+        )
+        if taught is not None and weight:
+            cloning = cloning_loss(self.policy, observation, taught, self.generator)
+            losses.append(weight * cloning)
+            metrics["loss/teacher"] = cloning.detach()
+        if guided is not None:
+            own = (~guided).nonzero()[:, 0]
+            observation = {name: part[own] for name, part in observation.items()}
+            extras = {name: value[own] for name, value in extras.items()}
+            advantage = advantage[own]
+        if len(advantage):
+            if self.config.normalize_advantage:
+                advantage = normalized(advantage)
+            said = self.policy_loss(observation, extras, advantage)
+            losses.append(said.loss)
+            metrics |= {
+                "loss/policy": said.loss.detach(),
+                **ratio_metrics(said.log_ratio, clip=self.clip_widths()),
+                **said.metrics,
+            }
+        if not losses:  # a teacher's decisions alone, whose chunks are not learned
+            return {}
+        total = torch.stack(losses).sum()
+        norm = descend(self.actor_optimizer, total, self.config.max_gradient_norm)
+        return metrics | {"gradient_norm/policy": norm}
 
     @torch.no_grad()
     def _values(self, observation: Observation) -> Tensor:
@@ -312,9 +361,7 @@ class FineTuner(OnPolicyAgent):
         """Update the statistics by which the next rollout is normalized."""
         config = self.config
         if config.scale_reward:
-            self.rewards.update(
-                experience.reward, experience.terminated | experience.truncated | ~experience.kept
-            )
+            take_in_rewards(self.rewards, experience)
         if self.moments is None or self.has_base or not config.normalize_observation:
             return
         index = experience.kept.flatten().nonzero()[:, 0].cpu()

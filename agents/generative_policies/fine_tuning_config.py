@@ -44,6 +44,16 @@ class FineTuningConfig:
     """Estimated KL(old || new) after which the remaining passes are left out."""
     clip: float = 0.01
     """Largest |ratio - 1|, of the mean over a chunk's numbers: d times that of the sum (DPPO .01)."""
+    teacher_coefficient: float = 1.0
+    """Weight of the denoising loss of a teacher's chunks, where there is a teacher (RPD 1, of its own loss)."""
+    teacher_decay: int = 0
+    """Agent steps in which that weight falls to 0, along half a cosine (RPD's code); 0 keeps it."""
+    guidance: float = 0.0
+    """Share of episodes that a teacher begins (JSRL: all, in the first part of an episode)."""
+    guidance_decay: int = 0
+    """Agent steps in which that share falls to 0, in a straight line (ours; JSRL's falls with success); 0 keeps it."""
+    guided_decisions: float = 10.0
+    """Mean number of a teacher's decisions in an episode that it begins (ours)."""
 
     RANGES: ClassVar[Ranges] = (
         ("rollout_length minibatch_size epochs", at_least_one, "a positive number"),
@@ -53,6 +63,9 @@ class FineTuningConfig:
         ("critic_warmup", not_negative, "0 or more"),
         ("clip", lambda value: 0 < value < 1, "a number in (0, 1)"),
         ("hidden", lambda value: min(value, default=1) >= 1, "positive widths"),
+        ("teacher_coefficient teacher_decay guidance_decay", not_negative, "0 or more"),
+        ("guidance", lambda value: 0 <= value <= 1, "a number in [0, 1]"),
+        ("guided_decisions", lambda value: 1 <= value < math.inf, "1 or more"),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

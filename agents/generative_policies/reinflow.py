@@ -143,7 +143,6 @@ class ReinFlow(FineTuner):
         limits = Limits(x0=policy.config.clip_x0 or None, sample=config.clip_samples or None)
         self.sampler: Sampler = policy.sampler(LearnedNoise(), limits=limits)
         self.flow: Sampler = policy.sampler(Euler(), limits=limits)
-        self.agent_steps = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.generator.initial_seed())
             self.noise = NoiseNetwork(
@@ -215,10 +214,6 @@ class ReinFlow(FineTuner):
     def _reduced(self, log_prob: Tensor) -> Tensor:
         """Return a step's log-probability [B] from those of its numbers [B, H, A]."""
         return reduce_log_prob(log_prob[:, : self.executed], "mean")
-
-    def set_progress(self, agent_steps: int) -> None:
-        """Remember how far training is: the noise's bound falls after the rollout."""
-        self.agent_steps = agent_steps
 
     def _take_in(self, experience: Experience) -> None:
         super()._take_in(experience)

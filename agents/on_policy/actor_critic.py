@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,11 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.core.advantages import generalized_advantage
 from agents.core.agent import Observation, OnPolicyAgent, ReplaySettings
 from agents.core.augmentations import random_shift
 from agents.core.distributions import Categorical, Gaussian, Policy
-from agents.core.errors import DivergedError, UserError
+from agents.core.errors import UserError
 from agents.core.fields import Field, observation_boxes
 from agents.core.greedy import GreedyPolicy
 from agents.core.normalizers import RewardScale
@@ -47,6 +46,7 @@ from agents.on_policy.quantile_critic import (
     quantile_loss,
     sample_returns,
 )
+from agents.on_policy.updates import credited, descend, take_in_rewards, value_metrics
 
 
 @dataclass(frozen=True)
@@ -75,40 +75,6 @@ class Samples:
             self.target[place],
             None if taught is None else taught[place],
         )
-
-
-def mean_metrics(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the means over gradient steps, of the names that the first one has; none for no steps.
-
-    What the first step finds is told apart as `ratio/first_deviation`: there, the policy is still the one that acted.
-
-    Here one update's metrics are looked at for the first time, all together: weights that are not finite would
-    otherwise show in the next action only, which does not say where they come from.
-
-    Raises:
-        DivergedError: a metric is not finite; the text names the first, and its gradient step.
-    """
-    if not metrics:
-        return {}
-    names = list(metrics[0])
-    table = torch.stack([torch.stack([m[name].float() for name in names]) for m in metrics])
-    if not (finite := torch.isfinite(table)).all():
-        step = int((~finite).any(1).nonzero()[0, 0])
-        bad = [
-            name for name, is_fine in zip(names, finite[step].tolist(), strict=True) if not is_fine
-        ]
-        # What makes the others so, where it is among them.
-        culprit = "a log-ratio" if "ratio/kl" in bad else bad[0]
-        value = table[step, names.index("ratio/kl" if "ratio/kl" in bad else bad[0])].item()
-        raise DivergedError(
-            f"{culprit} is not finite (its metric is {value}) in gradient step {step + 1} of {len(metrics)} of an "
-            "update",
-            "lower the learning rate or the epochs",
-        )
-    means = dict(zip(names, table.mean(0), strict=True))
-    if "ratio/largest_deviation" in means:
-        means["ratio/first_deviation"] = metrics[0]["ratio/largest_deviation"]
-    return means
 
 
 class OnPolicyActorCritic(OnPolicyAgent):
@@ -172,6 +138,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
             )
         # NHWC convolutions take a tenth to a fifth less time on a CPU.
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.num_envs = num_envs
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
@@ -186,6 +153,10 @@ class OnPolicyActorCritic(OnPolicyAgent):
         self.rollout_length, self.gradient_updates = config.rollout_length, 0
         size = min(config.minibatch_size, config.rollout_length * num_envs)
         self.replay_settings = ReplaySettings(size, 1, config.discount)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Build what the algorithm has of its own; everything else is there."""
 
     @torch.no_grad()
     def act(
@@ -256,28 +227,20 @@ class OnPolicyActorCritic(OnPolicyAgent):
         value, samples = batch.extras["value"], self.credit(batch)
         metrics = self.learn(batch, samples)
         self._take_in(batch)
-        kept, target = batch.kept.flatten(), value_target(samples.target)
-        spread = target[kept].var(correction=0)
-        unexplained = (target - value.flatten())[kept].var(correction=0) / spread.clamp(min=1e-12)
-        return metrics | {
-            "value/explained_variance": 1 - unexplained,
-            "value/target": target[kept].mean(),
-        }
+        target = value_target(samples.target)
+        return metrics | value_metrics(value.flatten(), target, batch.kept.flatten())
 
     def credit(self, experience: Experience) -> Samples:
         """Return how much better than expected every step turned out, and what its value should be."""
-        config, value = self.config, experience.extras["value"]
-        reward = self.rewards.scale(experience.reward) if config.scale_reward else experience.reward
-        advantage = generalized_advantage(
-            reward,
-            value,
-            experience.next_values(value, self._values),
-            experience.terminated,
-            experience.truncated,
+        config = self.config
+        reward, advantage = credited(
+            experience,
+            self._values,
+            self.rewards if config.scale_reward else None,
             discount=config.discount,
             gae_lambda=config.gae_lambda,
         )
-        target = advantage + value
+        target = advantage + experience.extras["value"]
         if config.critic != "mean":
             samples = sample_returns(
                 self.network,
@@ -347,14 +310,9 @@ class OnPolicyActorCritic(OnPolicyAgent):
 
     def descend(self, loss: Tensor) -> Tensor:
         """Take one gradient step of what the optimizer holds, and return the gradient's norm before it was scaled."""
-        moved = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter in moved:  # `zero_grad` spends 50 microseconds more on its bookkeeping
-            parameter.grad = None
-        loss.backward(inputs=moved)
-        norm = nn.utils.clip_grad_norm_(moved, self.config.max_gradient_norm)
-        self.optimizer.step()
+        norm = descend(self.optimizer, loss, self.config.max_gradient_norm)
         self.gradient_updates += 1
-        return norm.detach()
+        return norm
 
     def _quantile_critic(self, features: int) -> QuantileCritic:
         config = self.config
@@ -373,9 +331,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
     def _take_in(self, experience: Experience) -> None:
         """Update the statistics by which the next rollout is normalized."""
         if self.config.scale_reward:
-            self.rewards.update(
-                experience.reward, experience.terminated | experience.truncated | ~experience.kept
-            )
+            take_in_rewards(self.rewards, experience)
         if self.network.moments is not None:
             index = experience.kept.flatten().nonzero()[:, 0].cpu()
             self.network.moments.update(experience.observation(index)["state"])

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -125,8 +125,9 @@ class PolychromicPPO(PPO):
 
     config: PolychromicConfig
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
+    def prepare(self) -> None:
+        """Plan the vines, too."""
+        super().prepare()
         config = self.config
         self.vines = VinePlan(config.branches, config.vines, config.vine_length)
         self.needs_behavior, self.jumps = config.behavior == "told", self.vines.jumps

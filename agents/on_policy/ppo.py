@@ -10,12 +10,11 @@ stands in `agents.on_policy.actor_critic`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -24,10 +23,11 @@ from agents.core.agent import Observation
 from agents.core.drift import SHIPPED, load_drift
 from agents.core.errors import UserError
 from agents.core.rollout import Experience
-from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
+from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples
 from agents.on_policy.config import OnPolicyConfig, Ranges, not_negative, positive
 from agents.on_policy.losses import normalized, value_target
 from agents.on_policy.teacher import teacher_loss, teacher_weight
+from agents.on_policy.updates import mean_metrics, passes
 
 Surrogate = Literal[
     "ppo_clip", "dual_clip", "masked", "spo", "discovered_drift", "asymmetric_trust_region",
@@ -151,19 +151,9 @@ class PPO(OnPolicyActorCritic):
 
     config: PPOConfig
 
-    def __init__(
-        self,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        config: PPOConfig,
-        *,
-        num_envs: int = 1,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            observation_space, action_space, config, num_envs=num_envs, device=device, seed=seed
-        )
+    def prepare(self) -> None:
+        """Build the surrogate, and the coefficient that adapts."""
+        config = self.config
         self.surrogate = config.surrogate_loss()
         self.agent_steps = 0  # so far, for schedules
         if config.adapts_kl:
@@ -177,10 +167,16 @@ class PPO(OnPolicyActorCritic):
     def learn(self, experience: Experience, samples: Samples) -> dict[str, Tensor]:
         """Take several passes of minibatches."""
         metrics: list[dict[str, Tensor]] = []
-        for index in self._passes(experience, metrics):
+        config = self.config
+        for index in passes(
+            lambda: self.minibatches(experience),
+            metrics,
+            epochs=config.epochs,
+            target_kl=config.target_kl,
+        ):
             metrics.append(self.step(experience.observation(index), samples.at(index)))
         means = mean_metrics(metrics)
-        if self.config.adapts_kl:
+        if config.adapts_kl:
             means |= self._adapt(experience, samples)
         return means
 
@@ -198,17 +194,6 @@ class PPO(OnPolicyActorCritic):
         )
         self.kl_coefficient.copy_(adapted)
         return {"policy/kl_coefficient": adapted, "policy/kl_of_update": divergence}
-
-    def _passes(self, experience: Experience, metrics: list[dict[str, Tensor]]) -> Iterator[Tensor]:
-        """Yield every pass's minibatches, until the policy is too far from the one that acted."""
-        limit = self.config.target_kl
-        for _ in range(self.config.epochs):
-            begun = len(metrics)
-            yield from self.minibatches(experience)
-            if math.isfinite(limit):  # one synchronization a pass, and only where it was asked for
-                kl = torch.stack([m["ratio/kl"] for m in metrics[begun:]]).mean()
-                if kl > limit:
-                    return
 
     def step(self, observation: Observation, sample: Samples) -> dict[str, Tensor]:
         """Take one gradient step on a minibatch."""

@@ -35,9 +35,10 @@ from agents.core.agent import Observation
 from agents.core.distributions import Policy, kl
 from agents.core.errors import UserError
 from agents.core.rollout import Experience
-from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
+from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples
 from agents.on_policy.config import OnPolicyConfig, Ranges, not_negative
 from agents.on_policy.losses import normalized
+from agents.on_policy.updates import mean_metrics
 
 Pairs = Literal["baseline", "sampled"]
 

@@ -27,7 +27,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 from torch.backends import cudnn
@@ -36,9 +35,10 @@ from agents.core import policy_gradient, trust_region
 from agents.core.agent import Observation
 from agents.core.distributions import Policy, kl
 from agents.core.rollout import Experience
-from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
+from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples
 from agents.on_policy.config import OnPolicyConfig, Ranges, at_least_one, not_negative
 from agents.on_policy.losses import normalized
+from agents.on_policy.updates import mean_metrics
 
 MOST_AT_ONCE = 1024
 """Steps whose graph is held in memory at once; sums over a rollout do not depend on it."""
@@ -117,21 +117,11 @@ class TRPO(OnPolicyActorCritic):
     config: TRPOConfig
     keeps_policy = True
 
-    def __init__(
-        self,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        config: TRPOConfig,
-        *,
-        num_envs: int = 1,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            observation_space, action_space, config, num_envs=num_envs, device=device, seed=seed
-        )
+    def prepare(self) -> None:
+        """Part what the policy's step moves from what the value's fit does."""
         critic = list(self.network.critic.parameters())
-        self.optimizer = torch.optim.Adam(critic, lr=config.learning_rate, eps=1e-5, fused=True)
+        learning_rate = self.config.learning_rate
+        self.optimizer = torch.optim.Adam(critic, lr=learning_rate, eps=1e-5, fused=True)
         apart = {id(parameter) for parameter in critic}
         self.policy_parameters = [p for p in self.network.parameters() if id(p) not in apart]
 

@@ -22,7 +22,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +30,10 @@ from agents.core.agent import Observation
 from agents.core.distributions import Gaussian, Policy, kl
 from agents.core.errors import UserError
 from agents.core.rollout import Experience
-from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples, mean_metrics
+from agents.on_policy.actor_critic import OnPolicyActorCritic, Samples
 from agents.on_policy.config import OnPolicyConfig, Ranges
 from agents.on_policy.losses import normalized
+from agents.on_policy.updates import mean_metrics
 
 SMALLEST = 1e-8
 """Below this no dual falls (the paper's projection)."""
@@ -116,23 +116,17 @@ class VMPO(OnPolicyActorCritic):
     config: VMPOConfig
     keeps_policy = True
 
-    def __init__(
-        self,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        config: VMPOConfig,
-        *,
-        num_envs: int = 1,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-    ) -> None:
-        if config.rollout_length * num_envs < 2:
+    def prepare(self) -> None:
+        """Build the duals.
+
+        Raises:
+            UserError: a rollout has a single step.
+        """
+        config = self.config
+        if config.rollout_length * self.num_envs < 2:
             raise UserError(
                 "a rollout of one step has no better half; give rollout_length 2 or more"
             )
-        super().__init__(
-            observation_space, action_space, config, num_envs=num_envs, device=device, seed=seed
-        )
         self.limits = {"policy": config.epsilon_policy}
         if self.distribution is Gaussian:
             self.limits = {"mean": config.epsilon_policy, "covariance": config.epsilon_covariance}

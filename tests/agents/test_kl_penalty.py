@@ -11,7 +11,7 @@ from agents.core import policy_gradient
 from agents.core.advantages import n_step_return
 from agents.core.errors import UserError
 from agents.on_policy.ppo import PPO, REINFORCE, PPOConfig, adapted_coefficient
-from tests.agents.test_ppo import CONTINUOUS, DISCRETE, ENVS, STATE, STEPS, collect
+from tests.agents.on_policy import CONTINUOUS, DISCRETE, ENVS, STATE, STEPS, collect
 
 ADAPTIVE = PPOConfig(
     surrogate="kl_penalty", adaptive_kl_target=0.01, rollout_length=STEPS, minibatch_size=12, epochs=2,

@@ -11,9 +11,9 @@ import torch
 
 from agents.core.errors import DivergedError, UserError
 from agents.core.rollout import Rollout
-from agents.on_policy.actor_critic import mean_metrics
+from agents.on_policy.updates import mean_metrics
 from agents.registry import AGENTS, make_agent
-from tests.agents.test_ppo import BOTH, CONTINUOUS, DISCRETE, ENVS, STATE, STEPS, collect
+from tests.agents.on_policy import BOTH, CONTINUOUS, DISCRETE, ENVS, STATE, STEPS, collect
 
 NAMES = [
     name

@@ -22,7 +22,7 @@ from agents.on_policy.quantile_critic import (
     return_samples,
 )
 from agents.registry import AGENTS
-from tests.agents.test_ppo import (
+from tests.agents.on_policy import (
     BOTH,
     CONTINUOUS,
     DISCRETE,

@@ -12,7 +12,7 @@ from agents.core.distributions import Categorical, Gaussian, kl
 from agents.core.errors import UserError
 from agents.on_policy.losses import normalized
 from agents.on_policy.rebel import REBEL, REBELConfig, baseline_loss, sampled_loss
-from tests.agents.test_ppo import (
+from tests.agents.on_policy import (
     BOTH,
     CHUNK,
     CONTINUOUS,

@@ -14,7 +14,7 @@ from agents.core.errors import UserError
 from agents.on_policy import trpo
 from agents.on_policy.memory import Memory
 from agents.on_policy.trpo import TRPO, TRPOConfig
-from tests.agents.test_ppo import (
+from tests.agents.on_policy import (
     BOTH,
     CHUNK,
     CONTINUOUS,

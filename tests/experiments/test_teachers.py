@@ -81,6 +81,36 @@ def test_a_taught_run_resumes_exactly_and_its_teacher_may_have_been_moved(
     assert_same_run(whole, parts)
 
 
+def test_a_teacher_begins_episodes_of_a_policy_that_denoises_and_the_run_resumes_exactly(
+    teacher: Path, tmp_path: Path
+) -> None:
+    """In the middle of a rollout and of an episode: who decides it goes on, and so does the teacher's memory."""
+    flags = STATE | {
+        "teacher": teacher, "num_envs": 2, "guidance": 0.7, "guidance_decay": 60, "guided_decisions": 3,
+        "rollout_length": 25, "action_chunk": 1,
+    }  # fmt: skip
+    whole = train("fpo", "toy/reach", tmp_path / "whole", steps=76, **flags)
+    parts = train("fpo", "toy/reach", tmp_path / "parts", steps=26, **flags)
+    assert set(final_state(parts)["memories"]) == {"agent", "teacher"}
+    resume(parts, steps=76)
+    assert_same_run(whole, parts)
+    told = {tag: value for _, tag, value in metrics(whole)}
+    assert 0 < told["policy/guided"] < 0.7
+    assert "loss/teacher" in told
+    run = tmp_path / "looked-at"
+    words = arguments("fpo", "toy/reach", run, steps=40, **flags)
+    config = new_config(vars(parser("fpo").parse_args(words)))
+    make_run_dir(run)
+    begin_run(run, config)
+    with Session(run, config, resume=False) as session:
+        session.train()
+        experience = session.replay.experience()  # type: ignore[attr-defined]
+    guided, advice = experience.extras["guided"], experience.extras[TEACHER_ACTION].clamp(-1, 1)
+    assert 0 < guided.float().mean() < 1
+    assert torch.equal(experience.action.clamp(-1, 1)[guided], advice[guided])
+    assert not torch.equal(experience.action[~guided], advice[~guided])
+
+
 def test_a_teacher_that_counts_for_nothing_leaves_the_run_as_it_is(
     teacher: Path, tmp_path: Path
 ) -> None:
@@ -100,6 +130,7 @@ def test_a_teacher_that_counts_for_nothing_leaves_the_run_as_it_is(
         ("ppo", {"teacher": "."}, "is no run folder"),
         ("sac", {}, "--teacher is for agents that learn from one (a2c, "),
         ("ppo", {"teacher": None, "teacher_decay": 5}, "--teacher-decay is 5, but there is no teacher"),
+        ("fpo", {"teacher": None, "guidance": 0.5}, "--guidance is 0.5, but there is no teacher; add --teacher"),
         ("ppo", {"teacher_coefficient": -1}, "teacher_coefficient is -1.0; give 0 or more"),
     ],
 )  # fmt: skip

@@ -7,7 +7,8 @@ import torch
 
 import envs
 from agents.core.agent import as_observation
-from agents.core.rollout import Rollout
+from agents.core.fields import step_fields
+from agents.core.rollout import TEACHER_ACTION, Rollout
 from agents.generative_policies.policy import DenoisingConfig
 from agents.registry import AGENTS
 
@@ -31,7 +32,7 @@ def make(name, vector, *, chunk=2, num_envs=8, seed=0, policy=None, **changes):
     )  # fmt: skip
 
 
-def weak_base(name, *, chunk=2, steps=200, seed=0, policy=None):
+def weak_base(name, *, chunk=2, steps=200, seed=0, policy=None, way=0.3, spread=0.3):
     """Return a policy for toy/reach, made as agent `name` wants it, that imitates somebody who goes a third of the way.
 
     Args:
@@ -40,6 +41,8 @@ def weak_base(name, *, chunk=2, steps=200, seed=0, policy=None):
         steps: of imitation.
         seed: of weights and data.
         policy: fields of its config.
+        way: how far it goes from the middle to the target.
+        spread: of where it goes.
     """
     vector = envs.make_vec("toy/reach", 1, observation="state", action_chunk=chunk)
     base = make(name, vector, chunk=chunk, seed=seed, policy=policy).policy
@@ -49,7 +52,7 @@ def weak_base(name, *, chunk=2, steps=200, seed=0, policy=None):
     for _ in range(steps):
         state = 1.7 * torch.rand(256, 4, generator=generator) - 0.85
         chunks = torch.randn(256, chunk, 2, generator=generator)
-        chunks = (0.3 * state[:, None, 2:] + 0.3 * chunks).clamp(-1, 1)
+        chunks = (way * state[:, None, 2:] + spread * chunks).clamp(-1, 1)
         loss = base.loss({"state": state}, chunks, generator).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -59,7 +62,7 @@ def weak_base(name, *, chunk=2, steps=200, seed=0, policy=None):
 
 def train(
     name, task, *, steps, seed=0, num_envs=8, chunk=2, base=None, wrong_sign=False,
-    shuffled_credit=False, episode_length=None, **changes,
+    shuffled_credit=False, episode_length=None, teacher=None, **changes,
 ):  # fmt: skip
     """Train an agent for `steps` chunks of all environments together; returns agent and metrics of each update.
 
@@ -74,6 +77,7 @@ def train(
         wrong_sign: learn to be worse.
         shuffled_credit: learn from the advantages of other decisions.
         episode_length: control steps until a time limit; None is the task's own.
+        teacher: from observations to what a teacher would do.
         **changes: fields of the config; `policy` of that of the policy.
     """
     vector = envs.make_vec(
@@ -95,15 +99,22 @@ def train(
         agent.credit = wrong
     rollout = Rollout(
         vector.single_observation_space, vector.single_action_space,
-        length=agent.rollout_length, num_envs=num_envs, extras=agent.extras, log=lambda _: None,
+        length=agent.rollout_length, num_envs=num_envs, log=lambda _: None,
+        extras=agent.extras
+        | ({TEACHER_ACTION: step_fields(vector.single_action_space)["action"]} if teacher else {}),
     )  # fmt: skip
     seen, _ = vector.reset(seed=seed)
     rollout.start(seen)
-    metrics = []
+    metrics, state = [], None
     for step in range(steps // num_envs):
         agent.set_progress(step * num_envs)
-        action, _, extras = agent.act(as_observation(seen, CPU), explore=True)
+        action, state, extras = agent.act(as_observation(seen, CPU), state, explore=True)
+        if teacher is not None:
+            advice = teacher(seen)
+            action, state = agent.follow(action, state, advice, extras)
+            extras[TEACHER_ACTION] = advice
         seen, reward, terminated, truncated, info = vector.step(action)
+        state = agent.reset_state(state, terminated | truncated)
         rollout.add(
             action, reward, terminated, truncated, seen, info.get("final_obs"), extras=extras
         )
@@ -116,6 +127,11 @@ def train(
 
 def score(agent, task, *, chunk=2, episodes=30, seed=1234):
     """Return the mean return of episodes from fixed states, nothing explored."""
+    return float(returns(agent, task, chunk=chunk, episodes=episodes, seed=seed).mean())
+
+
+def returns(agent, task, *, chunk=2, episodes=30, seed=1234):
+    """Return the returns of episodes from fixed states, nothing explored."""
     vector = envs.make_vec(task, episodes, observation="state", action_chunk=chunk)
     agent.seed_actions(seed)
     seen, _ = vector.reset(seed=seed)
@@ -126,4 +142,4 @@ def score(agent, task, *, chunk=2, episodes=30, seed=1234):
         total += reward * running
         running &= ~(terminated | truncated)
     vector.close()
-    return float(total.mean())
+    return total
