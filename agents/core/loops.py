@@ -14,12 +14,14 @@ from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
-from torch import Tensor
 
 from agents.core.agent import OnPolicyAgent, as_observation
 from agents.core.errors import UserError
+from agents.core.mixing import Mixture
+from agents.core.replay import Batch
 from agents.core.rollout import TEACHER_ACTION, Rollout
 from agents.core.training import Choice, Hooks, LoopSettings, LoopState, TrainingLoop
+from agents.core.tree_rows import on_device
 
 __all__ = [
     "Hooks",
@@ -53,18 +55,21 @@ class OffPolicySettings(LoopSettings):
 
 
 class OffPolicyLoop(TrainingLoop):
-    """Learns from a replay, while the environments step."""
+    """Learns from a replay, while the environments step.
+
+    Attributes:
+        mixture: puts demonstrations into every batch; to be set before the loop begins or resumes.
+    """
 
     settings: OffPolicySettings
+    mixture: Mixture | None = None
 
     def choose(self) -> Choice:
         """Act at random at first, then as the agent explores."""
         progress = self.state.progress
         self.agent.set_progress(progress.agent_steps)
         if progress.agent_steps < self.settings.random_steps:
-            shape = self.envs.action_space.shape
-            assert shape is not None
-            action = self.random.uniform(-1, 1, shape).astype(np.float32)
+            action = self.random_actions()
         else:
             observation = as_observation(self.observation, self.device)
             action, self.agent_state, _ = self.agent.act(
@@ -72,16 +77,38 @@ class OffPolicyLoop(TrainingLoop):
             )
         return Choice(action, sent=action)
 
+    def random_actions(self) -> np.ndarray:
+        """Return what is done before learning starts: uniform actions, [N, ...]."""
+        shape = self.envs.action_space.shape
+        assert shape is not None
+        return self.random.uniform(-1, 1, shape).astype(np.float32)
+
     def learn_meanwhile(self) -> None:
         """Take the updates that are due."""
         settings = self.agent.replay_settings
         while self.state.update_debt >= 1 and len(self.replay) > settings.n_step:
-            batch = self.replay.sample(
-                settings.batch_size, n_step=settings.n_step, discount=settings.discount
-            )
-            self.metrics.append(self.agent.update(batch))
+            self.metrics.append(self.agent.update(self.batch()))
             self.state.update_debt -= 1
             self.state.progress.gradient_updates += 1
+
+    def batch(self) -> Batch:
+        """Draw what the agent learns from next."""
+        settings = self.agent.replay_settings
+        steps: dict[str, Any] = {"n_step": settings.n_step, "discount": settings.discount}
+        if self.mixture is None:
+            return self.replay.sample(settings.batch_size, **steps)
+        return self.mixture.sample(self.replay, settings.batch_size, **steps)
+
+    def own_parts(self, *, environments: bool) -> dict[str, Any]:
+        """See `RunLoop.own_parts`."""
+        parts = super().own_parts(environments=environments)
+        return parts if self.mixture is None else parts | {"mixture": self.mixture.get_state()}
+
+    def set_own_parts(self, parts: Mapping[str, Any]) -> None:
+        """See `RunLoop.set_own_parts`."""
+        super().set_own_parts(parts)
+        if self.mixture is not None:
+            self.mixture.set_state(parts["mixture"])
 
     def learn_afterwards(self) -> None:
         """Owe the updates of this step, to be taken during the next."""
@@ -134,18 +161,17 @@ class OnPolicyLoop(TrainingLoop):
         kept = {name: value.cpu() for name, value in extras.items()} | advice
         return Choice(action, sent, kept)
 
-    def get_memories(self) -> dict[str, Tensor]:
+    def get_memories(self) -> dict[str, Any]:
         """Return what agent and teacher remember."""
         if self.teacher is None or self.teacher.state is None:
             return super().get_memories()
         return super().get_memories() | {"teacher": self.teacher.state}
 
-    def set_memories(self, memories: Mapping[str, Tensor]) -> None:
+    def set_memories(self, memories: Mapping[str, Any]) -> None:
         """Restore what agent and teacher remember."""
         super().set_memories(memories)
         if self.teacher is not None:
-            state = memories.get("teacher")
-            self.teacher.state = None if state is None else state.to(self.device)
+            self.teacher.state = on_device(memories.get("teacher"), self.device)
 
     def begin_episodes(self, begins: np.ndarray) -> None:
         """Let agent and teacher forget."""

@@ -380,12 +380,21 @@ class Replay(Rows):
 
     def get_state(self) -> dict[str, Any]:
         """Return counters, the generator and the open rows; see `Rows`."""
-        return super().get_state() | {"generator": self._generator.bit_generator.state}
+        return super().get_state() | {"generator": self.generator_state}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Restore `get_state`; the closed rows must then be given to `import_rows`."""
         super().set_state(state)
-        self._generator.bit_generator.state = state["generator"]
+        self.generator_state = state["generator"]
+
+    @property
+    def generator_state(self) -> Any:
+        """What decides which transitions are drawn next."""
+        return self._generator.bit_generator.state
+
+    @generator_state.setter
+    def generator_state(self, state: Any) -> None:
+        self._generator.bit_generator.state = state
 
     def _layout(self) -> dict[str, Any]:
         return super()._layout() | {"frame_stack": self.frame_stack}

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from gymnasium.vector import VectorEnv
-from torch import Tensor
 
 from agents.core.agent import Agent
 from agents.core.checkpoints import CheckpointStore, save_tree
@@ -24,6 +23,7 @@ from agents.core.errors import DivergedError, NotFiniteError, UserError
 from agents.core.logging import Logger
 from agents.core.replay import Replay
 from agents.core.run_loop import Hooks, LoopSettings, LoopState, RunLoop
+from agents.core.tree_rows import on_device
 
 __all__ = ["Choice", "Hooks", "LoopSettings", "LoopState", "TrainingLoop"]
 
@@ -115,14 +115,13 @@ class TrainingLoop(RunLoop):
                 parts["memories"] = memories
         return parts
 
-    def get_memories(self) -> dict[str, Tensor]:
+    def get_memories(self) -> dict[str, Any]:
         """Return by name what those who act remember of the episodes that are going on; nothing where they do not."""
         return {} if self.agent_state is None else {"agent": self.agent_state}
 
-    def set_memories(self, memories: Mapping[str, Tensor]) -> None:
+    def set_memories(self, memories: Mapping[str, Any]) -> None:
         """Restore what `get_memories` returned; nothing where all episodes begin."""
-        state = memories.get("agent")
-        self.agent_state = None if state is None else state.to(self.device)
+        self.agent_state = on_device(memories.get("agent"), self.device)
 
     def begin_episodes(self, begins: np.ndarray) -> None:
         """Forget the episodes before, where bool [N] says that new ones begin."""
