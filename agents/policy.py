@@ -18,15 +18,21 @@ import torch
 from agents.baseline_files import training_counts
 from agents.baselines import BASELINE, MODEL, NORMALIZATION, PROGRESS, SB3Agent, load_sb3
 from agents.core.agent import Agent, as_observation
+from agents.core.base_policy import BasePolicy
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.imports import import_modules, recorded_imports
 from agents.core.settings import from_dict
+from agents.core.tree_rows import count_rows
 from agents.core.trees import check_schema
+from agents.off_policy.residual import ResFiT
 from agents.registry import AGENTS, AgentSpec, find, make_agent
 
 SCHEMA = 1
 """Version of config.json's layout."""
+
+BASE = "base"
+"""Folder of a run that holds the policy on top of which its agent acts: a small run folder itself."""
 
 REQUIRED = {"agent", "env", "vector", "train", "configs", "device"}
 """What every run's config.json holds."""
@@ -66,9 +72,10 @@ class Actor:
         """
         batch = as_observation(observation, self.device)
         count = len(next(iter(batch.values())))
-        if isinstance(self.state, torch.Tensor) and len(self.state) != count:
+        remembered = count_rows(self.state)
+        if remembered not in (None, count):
             raise UserError(
-                f"{count} observations are given to a policy that remembers {len(self.state)} episodes; "
+                f"{count} observations are given to a policy that remembers {remembered} episodes; "
                 "call its begin() before the first observation of new ones"
             )
         action, self.state, _ = self.agent.act(batch, self.state, explore=explore)
@@ -141,6 +148,8 @@ class Policy(Actor):
         if acting:
             agent.trained_as(*trained)
         agent.load_state_dict({"networks": parts["agent"]["networks"]})
+        if isinstance(agent, ResFiT):
+            agent.take_base(load_base(run, device=device, imports=imports))
         counts = ("agent_steps", "env_frames", "gradient_updates")
         progress = {name: parts["progress"][name] for name in counts}
         if checkpoint == "latest":  # whichever is whole
@@ -218,6 +227,33 @@ class Policy(Actor):
         batch = as_observation(observation, self.device)
         seen = self.agent.saliency(batch, torch.as_tensor(action, device=self.device))
         return None if seen is None else seen[:, -1].cpu().numpy()
+
+
+def load_base(
+    run: str | Path, *, device: str | torch.device = "cpu", imports: bool = False
+) -> BasePolicy:
+    """Load the policy on top of which a run's agent acts, from the run folder.
+
+    Args:
+        run: the folder.
+        device: where to act.
+        imports: see `Policy.load`.
+
+    Raises:
+        UserError: it is not there, or acts by choices.
+    """
+    folder = Path(run) / BASE
+    if not folder.is_dir():
+        raise UserError(
+            f"'{folder}' is missing, the policy on top of which the run's agent acts; copy the run folder as a whole"
+        )
+    policy = Policy.load(folder, device=device, imports=imports)
+    return BasePolicy(
+        policy.agent,
+        space_from_json(policy.config["spaces"]["observation"]),
+        space_from_json(policy.config["spaces"]["action"]),
+        frame_stack=policy.config["env"]["frame_stack"],
+    )
 
 
 def _changed(config: Any, spec: AgentSpec, acting: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from agents.core.agent import Agent
 from agents.core.errors import UserError
+from agents.core.loops import LoopSettings, OffPolicySettings
 from agents.core.training import TrainingLoop
 from agents.core.vines import VineLoop
 from agents.generative_policies.dppo import DPPO, DPPOConfig
@@ -32,6 +33,7 @@ from agents.generative_policies.policy import DenoisingConfig
 from agents.generative_policies.reinflow import ReinFlow, ReinFlowConfig
 from agents.off_policy.critic_methods import MethodConfig
 from agents.off_policy.ddpg import DDPG, DDPGConfig
+from agents.off_policy.residual import ResFiT, ResFiTConfig, ResidualLoop
 from agents.off_policy.sac import SAC, SACConfig
 from agents.off_policy.sgqn import SGQNConfig
 from agents.off_policy.svea import SVEAConfig
@@ -57,6 +59,8 @@ class AgentSpec:
         fine_tunes: it is a `FineTuner`, whose second config says what its policy is made of, and can begin with the
             policy of another run.
         unused: fields of that config which the algorithm has no use for; commands refuse their flags.
+        needs_base: it is a `ResFiT`, which acts on top of another run's policy, and may learn from demonstrations, too.
+        settings: its loop's defaults; None is those of its kind.
     """
 
     build: Callable[..., Agent]
@@ -68,6 +72,8 @@ class AgentSpec:
     acting: tuple[str, ...] = ()
     fine_tunes: bool = False
     unused: tuple[str, ...] = ()
+    needs_base: bool = False
+    settings: LoopSettings | None = None
 
 
 def _actor_critic(base: type) -> Callable[..., Agent]:
@@ -110,6 +116,16 @@ AGENTS: dict[str, AgentSpec] = {
     "drqv2": AgentSpec(_ddpg, (DDPGConfig(), _plain), "DrQ-v2"),
     "drqv2-svea": AgentSpec(_ddpg, (DDPGConfig(), SVEAConfig()), "SVEA on DrQ-v2"),
     "drqv2-sgqn": AgentSpec(_ddpg, (DDPGConfig(), SGQNConfig()), "SGQN on DrQ-v2"),
+    "resfit": AgentSpec(
+        _actor_critic(ResFiT),
+        (ResFiTConfig(), _plain),
+        "ResFiT: a small correction of a frozen policy's actions",
+        loop=ResidualLoop,
+        needs_base=True,
+        settings=OffPolicySettings(
+            steps=300_000, random_steps=10_000, updates_per_step=4.0, replay_capacity=300_000
+        ),
+    ),
     "ppo": AgentSpec(PPO, (PPOConfig(),), "proximal policy optimization", on_policy=True),
     "a2c": AgentSpec(
         PPO, (A2C,), "advantage actor-critic: PPO without a clip, one pass", on_policy=True

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,15 @@ class Agent(ABC):
             return state
         mask = torch.as_tensor(begins, device=state.device)
         return state.masked_fill(mask.view(-1, *[1] * (state.ndim - 1)), 0)
+
+    def stored_space(self, space: gym.Space, action_space: gym.Space) -> gym.Space:
+        """Return the space of what a replay keeps of observations.
+
+        Args:
+            space: of one environment's observations.
+            action_space: of its actions.
+        """
+        return space
 
     def set_progress(self, agent_steps: int) -> None:  # noqa: B027 - most agents have no schedule
         """Tell schedules how far training is; called by the loop before it acts."""

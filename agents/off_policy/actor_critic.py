@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -122,7 +123,15 @@ def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
 
 
 class Critic(nn.Module):
-    """Encoder, trunk and twin Q functions."""
+    """Encoder, trunk and Q functions.
+
+    Args:
+        spaces: of the observation's parts.
+        action: numbers of an action.
+        config: sizes.
+        bf16: run convolutions in bfloat16.
+        values: makes the Q functions from the trunk's features, the action's numbers and hidden widths.
+    """
 
     def __init__(
         self,
@@ -131,6 +140,7 @@ class Critic(nn.Module):
         config: ActorCriticConfig,
         *,
         bf16: bool = False,
+        values: Callable[[int, int, Sequence[int]], nn.Module] = TwinQ,
     ) -> None:
         super().__init__()
         self.encoder: PixelEncoder | None = None
@@ -140,7 +150,7 @@ class Critic(nn.Module):
         self.pixel_features = self.encoder.out_features if self.encoder else 0
         self.state_features = spaces["state"].shape[0] if "state" in spaces else 0
         self.trunk = Trunk(self.pixel_features, self.state_features, config.feature_dim)
-        self.q = TwinQ(self.trunk.out_features, action, config.hidden)
+        self.q = values(self.trunk.out_features, action, config.hidden)
 
     def normalize(self, observation: Observation) -> dict[str, Tensor]:
         """Bring pixels to the encoder's range, dtype and memory format; states pass."""
@@ -158,8 +168,8 @@ class Critic(nn.Module):
             parts.append(normalized["state"])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def forward(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both action values, float32 [B] each, from `encode`'s features."""
+    def forward(self, features: Tensor, action: Tensor) -> Any:
+        """Return the action values from `encode`'s features: two of float32 [B], or those of an ensemble [E, B]."""
         return self.q(self.trunk(features), action)
 
 
@@ -196,7 +206,7 @@ class ActorCritic(Agent):
         self.action_dim = math.prod(action_space.shape)  # a chunk of actions is one long action
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
-            self.critic = Critic(spaces, self.action_dim, config, bf16=bf16)
+            self.critic = self.make_critic(spaces, bf16=bf16)
             self.actor = self.make_actor()
             self.method: CriticMethod = method.build(spaces, self.action_dim, self.critic, seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -213,6 +223,10 @@ class ActorCritic(Agent):
             self.actor.parameters(), lr=config.actor_learning_rate, fused=True
         )
         self.method.prepare(self.critic)
+
+    def make_critic(self, spaces: dict[str, gym.spaces.Box], *, bf16: bool) -> Critic:
+        """Build the critic of an observation's parts."""
+        return Critic(spaces, self.action_dim, self.config, bf16=bf16)
 
     @abstractmethod
     def make_actor(self) -> nn.Module:

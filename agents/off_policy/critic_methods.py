@@ -6,7 +6,9 @@ any critic (SAC's or DDPG's): it sees an encoder, a trunk and Q functions, and n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import gymnasium as gym
@@ -46,9 +48,9 @@ class MethodConfig:
         return PlainMethod()
 
 
-def td_loss(values: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-    """Return the summed mean squared errors of both critics."""
-    return F.mse_loss(values[0], target) + F.mse_loss(values[1], target)
+def td_loss(values: Iterable[Tensor], target: Tensor) -> Tensor:
+    """Return the summed mean squared errors of all critics; `values` are [B] each, of two or of an ensemble [E, B]."""
+    return reduce(torch.add, [F.mse_loss(value, target) for value in values])
 
 
 class CriticMethod(nn.Module):

@@ -26,7 +26,7 @@ def greedy_and_own(agent, seen):
 def kinds_of_agents():
     """Return every agent with every kind of observation that it takes."""
     for name, spec in AGENTS.items():
-        if spec.offline or spec.fine_tunes:  # see test_imitation, test_fine_tuning
+        if spec.offline or spec.fine_tunes or spec.needs_base:  # these have tests of their own
             continue
         needs_pixels = any(type(c).__name__ in ("SVEAConfig", "SGQNConfig") for c in spec.configs)
         yield from ((name, space) for space in SPACES if space != "state" or not needs_pixels)

@@ -7,11 +7,10 @@ import pytest
 
 from agents import AGENTS
 from agents.off_policy import ddpg, sac
+from tests.agents.helpers import pixel_agents
 from tests.learning.training import score, train
 
-OFF_POLICY = sorted(
-    name for name, spec in AGENTS.items() if not spec.on_policy and not spec.offline
-)
+OFF_POLICY = pixel_agents()
 STEPS = 1200
 FEW_UPDATES = {"steps": 550, "num_envs": 4}
 LEARNED = 17.0
