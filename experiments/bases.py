@@ -169,14 +169,14 @@ def begin_from_base(agent: Agent, config: Mapping[str, Any], spaces: Mapping[str
             ours, theirs = _single(ours), _single(theirs)
         if ours != theirs:
             raise UserError(
-                f"the base {about['run']} {told} {_shapes(theirs)}, this task {_shapes(ours)}; give a base of this "
-                f"task, or its settings ({', '.join('--' + n.replace('_', '-') for n in _FLAGS[what])})"
+                f"the base {about['run']} {told} {shapes(theirs)}, this task {shapes(ours)}; give a base of this "
+                f"task, or its settings ({', '.join('--' + n.replace('_', '-') for n in FLAGS[what])})"
             )
     assert isinstance(agent, FineTuner)
     agent.start_from(base.policy)
 
 
-_FLAGS = {
+FLAGS = {
     "observation": ("observation", "size", "frame_stack"),
     "action": ("env",),
 }
@@ -188,11 +188,11 @@ def _single(space: Mapping[str, Any]) -> dict[str, Any]:
     return {**space, "box": space["box"][-1:]} if "box" in space else dict(space)
 
 
-def _shapes(space: Mapping[str, Any]) -> str:
+def shapes(space: Mapping[str, Any]) -> str:
     """Return a space in words."""
     if "dict" in space:
         parts = space["dict"].items()
-        return " and ".join(f"{name} {_shapes(part)}" for name, part in parts)
+        return " and ".join(f"{name} {shapes(part)}" for name, part in parts)
     if "discrete" in space:
         return f"{space['discrete']} choices"
     return f"{space['dtype']} {list(space['box'])}"

@@ -27,7 +27,12 @@ from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
 from experiments.collect import changed
-from experiments.datasets import Dataset, root_folder
+from experiments.demonstrations import (
+    add_dataset_flags,
+    check_observation,
+    common_task,
+    named_datasets,
+)
 from experiments.imports import add_import_flag, import_for_run
 from experiments.settings import VectorSettings, check_device, loop_settings
 from experiments.train import launch
@@ -39,8 +44,6 @@ OF_THE_TASK = (
     "observation", "frame_stack", "action_chunk", "distraction", "split", "videos", "quality", "episode_length",
 )  # fmt: skip
 """Settings of a data set's task that may differ when it is imitated."""
-SAME_TASK = ("id", "size", "action_repeat", "camera")
-"""Settings in which data sets that are learned together must not differ."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Published sizes.
@@ -82,12 +85,7 @@ def parser(agent: str) -> Parser:
     known = {name: s.summary for name, s in AGENTS.items() if s.offline}
     p.add_argument("--agent", default=DEFAULT_AGENT, metavar="NAME",
                    help="; ".join(f"{name}: {text}" for name, text in known.items()))  # fmt: skip
-    p.add_argument("--dataset", nargs="+", metavar="ID", help="what to learn from, see collect")
-    p.add_argument("--root", type=Path, help="folder of datasets [Minari's own]")
-    p.add_argument("--episodes", type=int, metavar="N", help="first ones of every dataset [all]")
-    p.add_argument(
-        "--only-successful", action="store_true", help="leave out episodes that never succeed"
-    )
+    add_dataset_flags(p, "what to learn from, see collect")
     p.add_argument("--env", metavar="ID", help="refuse datasets of another task than this")
     add_import_flag(p)
     p.add_argument("--preset", default="auto", metavar="|".join(["auto", *PRESETS]),
@@ -141,12 +139,8 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             "give --dataset, what to learn from; python -m experiments.collect makes one"
         )
-    if given["episodes"] is not None and given["episodes"] < 1:
-        raise UserError(f"--episodes is {given['episodes']}; give at least 1")
     device = check_device(given["device"])
-    root = root_folder(given["root"]).expanduser().resolve()
-    names = list(dict.fromkeys(given["dataset"]))
-    datasets = {name: Dataset(root, name) for name in names}
+    about, datasets = named_datasets(given)
     imports = [
         module
         for dataset in datasets.values()
@@ -161,7 +155,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             "--split test is what evaluations are made of; choose on train or validation"
         )
-    check_observation(settings["observation"], task["observation"], names[0])
+    check_observation(settings["observation"], task["observation"], about["datasets"][0])
     sources = (find_preset(given["preset"], device), given)
     loop = fill(loop_settings(given["agent"]), *sources)
     configs = [fill(config, *sources) for config in find(given["agent"]).configs]
@@ -171,12 +165,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         "imports": list(dict.fromkeys(imports)),
         "env": {**task, "seed": seeds["environment"]},
         "vector": to_dict(VectorSettings(num_envs=1, workers=given["workers"])),
-        "demonstrations": {
-            "root": str(root),
-            "datasets": names,
-            "episodes": given["episodes"],
-            "only_successful": given["only_successful"],
-        },
+        "demonstrations": about,
         "train": {**to_dict(loop), "num_envs": 1, "seed": seed},
         "configs": {type(config).__name__: to_dict(config) for config in configs},
         "device": device,
@@ -193,52 +182,6 @@ def find_preset(name: str, device: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise UserError.unknown("preset", name, ["auto", *PRESETS])
     return PRESETS[name]
-
-
-def common_task(datasets: dict[str, Dataset], env: str | None) -> dict[str, Any]:
-    """Return the settings of the first data set's task.
-
-    Raises:
-        UserError: a data set is of another task than `env`, or than the first; its steps are chunks; or it shows what
-            evaluations are made of.
-    """
-    (first, *_), settings = datasets, next(iter(datasets.values())).about["settings"]
-    if env is not None and env != settings["id"]:
-        raise UserError(
-            f"dataset '{first}' is of {settings['id']}, not of {env}; give demonstrations of {env}"
-        )
-    for name, dataset in datasets.items():
-        own = dataset.about["settings"]
-        for field in SAME_TASK:
-            if own[field] != settings[field]:
-                raise UserError(
-                    f"dataset '{name}' has {field} {own[field]}, '{first}' has {settings[field]}; imitate data sets of "
-                    "one task, or draw one anew with collect --rerender"
-                )
-        if own.get("action_chunk", 1) != 1:
-            raise UserError(
-                f"dataset '{name}' was collected in chunks of {own['action_chunk']} actions, between which nothing was "
-                "seen; collect it with --action-chunk 1"
-            )
-        if own["split"] == "test" and own["distraction"]:
-            raise UserError(
-                f"dataset '{name}' shows {own['distraction']} of the test split, which evaluations are made of; draw "
-                f"it anew: python -m experiments.collect NEW-v0 --rerender {name} --split train"
-            )
-    return settings
-
-
-def check_observation(shown: str, wanted: str, dataset: str) -> None:
-    """Refuse to learn from what a data set does not show.
-
-    Raises:
-        UserError: says what to do.
-    """
-    if shown not in (wanted, "both"):
-        raise UserError(
-            f"dataset '{dataset}' shows {shown}, not {wanted}; draw it anew: python -m experiments.collect NEW-v0 "
-            f"--rerender {dataset} --observation {wanted}"
-        )
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 from agents.core.checkpoints import CheckpointStore
 from agents.core.demonstrations import Demonstrations
-from agents.core.errors import UserError
 from agents.core.logging import Logger
 from agents.core.offline import OfflineAgent, OfflineLoop
 from agents.core.run_loop import Hooks
 from agents.policy import run_identity
-from experiments.datasets import Dataset, Episode
+from experiments.demonstrations import chosen_episodes
 from experiments.estimates import check_batch, seconds_per_call
 from experiments.session import Session
 
@@ -115,20 +114,8 @@ def load_demonstrations(
         UserError: a data set is missing, empty, damaged or of another shape; the text names data set, episode and
             step.
     """
-    about = config["demonstrations"]
-    datasets = {name: Dataset(Path(about["root"]), name) for name in about["datasets"]}
-    chosen = {
-        name: [
-            index
-            for index in range(min(len(data), about["episodes"] or len(data)))
-            if not about["only_successful"] or _succeeded(name, data.read(index, scenes=False))
-        ]
-        for name, data in datasets.items()
-    }
-    if not any(chosen.values()):
-        which = "successful episodes" if about["only_successful"] else "episodes"
-        raise UserError(f"there are no {which} in {', '.join(datasets)}; collect some")
-    rows = sum(datasets[name].steps(index) for name in chosen for index in chosen[name])
+    datasets, work = chosen_episodes(config["demonstrations"])
+    rows = sum(datasets[name].steps(index) for name, index in work)
     store = Demonstrations(
         observation_space,
         _single(action_space),
@@ -141,7 +128,6 @@ def load_demonstrations(
         storage=config["replay_storage"],
         directory=directory,
     )
-    work = [(name, index) for name, indices in chosen.items() for index in indices]
     for name, index in tqdm(work, desc="reading", unit="episode", disable=None, leave=False):
         episode = datasets[name].read(index, scenes=False)
         store.add(episode.observations, episode.actions, f"dataset '{name}', episode {index}")
@@ -153,12 +139,3 @@ def _single(space: gym.Space) -> gym.Space:
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 2:
         return gym.spaces.Box(space.low[0], space.high[0], dtype=np.float32)
     return space
-
-
-def _succeeded(dataset: str, episode: Episode) -> bool:
-    if "success" not in episode.infos:
-        raise UserError(
-            f"dataset '{dataset}' does not say which of its episodes succeeded, as its task does not tell; leave out "
-            "--only-successful"
-        )
-    return bool(np.max(episode.infos["success"]) > 0)

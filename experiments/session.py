@@ -67,7 +67,8 @@ class Session:
         self.spec = find(config["agent"])
         self.evaluation_seed = seeds["evaluation"]
         self.imports = recorded_imports(config)
-        self.envs = envs.make_vec(**config["vector"], imports=self.imports, **config["env"])
+        self.envs: Any = envs.make_vec(**config["vector"], imports=self.imports, **config["env"])
+        self.spaces = self.envs.single_observation_space, self.envs.single_action_space
         self._evaluation_envs: Any = None
         try:
             self._build(seeds, resume)
@@ -77,18 +78,18 @@ class Session:
 
     def _build(self, seeds: Mapping[str, int], resume: bool) -> None:
         config = self.config
-        space = self.envs.single_observation_space
+        space, action_space = self.spaces
         self.agent = self.make_agent(seeds["agent"])
+        self._prepare(seeds)
         self.teacher: Actor | None = None
         if about := config.get("teacher"):
-            action_space = self.envs.single_action_space
             self.teacher = load_teacher(about, space, action_space, config["device"])
         flag = "--minibatch-size" if self.spec.on_policy else "--batch-size"
         check_batch(self.agent.replay_settings.batch_size, space, config["device"], flag)
         self.replay = make_store(
             config,
             space,
-            self.envs.single_action_space,
+            action_space,
             self.agent,
             storage=config["replay_storage"],
             device=config["device"],
@@ -117,18 +118,23 @@ class Session:
         )
         if isinstance(self.loop, OnPolicyLoop):
             self.loop.teacher = self.teacher
+        self._complete(seeds)
         self._begin(parts)
+
+    def _prepare(self, seeds: Mapping[str, int]) -> None:
+        """Do what must be done before the store is made."""
+
+    def _complete(self, seeds: Mapping[str, int]) -> None:
+        """Do what must be done before the loop begins or goes on."""
 
     def _begin(self, parts: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint's parts, or begin and complete the run's config."""
         if parts:
             self.loop.resume(parts)
             return
-        spaces = {
-            "observation": space_to_json(self.envs.single_observation_space),
-            "action": space_to_json(self.envs.single_action_space),
-        }
-        if "base" in self.config:
+        space, action_space = self.spaces
+        spaces = {"observation": space_to_json(space), "action": space_to_json(action_space)}
+        if "base" in self.config and self.spec.fine_tunes:
             begin_from_base(self.agent, self.config, spaces)
         self.loop.begin()
         self.config["spaces"] = spaces
@@ -145,8 +151,7 @@ class Session:
 
     def make_agent(self, seed: int, **changes: Any) -> Agent:
         """Build an agent as the config says, with some fields of its first config changed."""
-        spaces = self.envs.single_observation_space, self.envs.single_action_space
-        return agent_of(self.config, *spaces, seed=seed, **changes)
+        return agent_of(self.config, *self.spaces, seed=seed, **changes)
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Run the loop to its end, or until `stop` says so."""
@@ -235,7 +240,7 @@ class Session:
 
     def _measure_steps(self) -> tuple[float, float]:
         """Return the time of an agent step in training, and in an evaluation: the environment's, and to act."""
-        probe = envs.make_vec(num_envs=1, workers=0, **self.config["env"])
+        probe = self._probe()
         probe.reset(seed=0)
         step = seconds_per_call(lambda: probe.step(probe.action_space.sample()), calls=10, warmup=2)
         probe.close()
@@ -287,6 +292,10 @@ class Session:
             f"{rows * bytes_per_row / 1e9:.2f} GB of replay memory, "
             f"{disk / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free)"
         )
+
+    def _probe(self) -> Any:
+        """Return an environment of the run's task, for measurements."""
+        return envs.make_vec(num_envs=1, workers=0, **self.config["env"])
 
     def _evaluations_left(self, steps: int) -> int:
         """Return how many episodes of evaluation lie in the next `steps` agent steps."""
@@ -362,7 +371,14 @@ def make_store(
         own: dict[str, Any] = {"extras": extras, "jumps": agent.jumps}
         return Rollout(space, action_space, length=agent.rollout_length, **own, **shape, **where)
     capacity = config["train"]["replay_capacity"]
-    return Replay(space, action_space, capacity=capacity, seed=seed, **shape, **where)
+    return Replay(
+        agent.stored_space(space, action_space),
+        action_space,
+        capacity=capacity,
+        seed=seed,
+        **shape,
+        **where,
+    )
 
 
 def _as_table(config: Mapping[str, Any], prefix: str = "") -> str:

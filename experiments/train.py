@@ -6,6 +6,7 @@
     python -m experiments.train --agent ppo --env dmc/walker-walk --teacher runs/dmc-walker-walk/drqv2-seed1
     python -m experiments.train --agent dppo --env metaworld/drawer-open --base runs/drawer/flow-policy-seed1
     python -m experiments.train --agent reinflow --base RUN --teacher OTHER --guidance 1 --guidance-decay 20000
+    python -m experiments.train --agent resfit --env metaworld/drawer-open --base RUN --dataset drawer/expert-v0
     python -m experiments.train --import mypackage --agent mine --env mine/task
 
 Every field of the agent's config is a flag; `--help` shows those of the agent that `--agent` names. Values come from
@@ -34,8 +35,11 @@ from agents.registry import find
 from envs.settings import Settings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
 from experiments.bases import chunks_of_the_task, find_base, refuse_unused
+from experiments.demonstrations import add_dataset_flags, new_demonstrations
+from experiments.frozen_bases import find_frozen_base
 from experiments.imitation_session import ImitationSession
 from experiments.imports import add_import_flag, import_for_run
+from experiments.residual_session import ResidualSession
 from experiments.runs import (
     abandon_run,
     begin_run,
@@ -104,6 +108,10 @@ def parser(agent: str) -> Parser:
     if spec.fine_tunes:
         p.add_argument("--base", type=Path, metavar="RUN",
                        help="begin with this run's policy and its task's settings [random weights]")  # fmt: skip
+    if spec.needs_base:
+        p.add_argument("--base", type=Path, metavar="RUN",
+                       help="act on top of this run's policy, with its task's settings")  # fmt: skip
+        add_dataset_flags(p, "what to learn from beside the rewards, see collect [none]")
     add_dataclass(
         p,
         "task",
@@ -193,9 +201,19 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     # A protocol's numbers are published ones: nothing is cut to fit a small machine unless asked for.
     auto = "gpu" if protocol else "auto"
     name = auto if given["preset"] == "auto" else given["preset"]
-    preset = find_preset(name, device)
-    base = find_base(given["base"]) if given.get("base") else None
-    of_task = (preset, {} if base is None else base.task, protocol, given)
+    preset = find_preset(name, device, given["agent"])
+    spec, base, frozen = find(given["agent"]), None, None
+    if spec.needs_base:
+        if given.get("action_chunk", 1) != 1:
+            raise UserError(
+                f"--action-chunk is {given['action_chunk']}, but agent '{given['agent']}' corrects every action; leave "
+                "the flag out: a base of chunks hands them out one by one"
+            )
+        frozen = find_frozen_base(given["base"], given["agent"], given["imports"])
+    elif given.get("base"):
+        base = find_base(given["base"])
+    inherited = base or frozen
+    of_task = (preset, inherited.task if inherited else {}, protocol, given)
     seed, seeds = spawn_seeds(given["seed"])
     task = fill(
         Settings(given["env"]), *({k: v for k, v in s.items() if k != "seed"} for s in of_task)
@@ -209,7 +227,6 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     )
     loop = fill(loop_settings(given["agent"]), *sources)
     vector = fill(VectorSettings(), *sources)
-    spec = find(given["agent"])
     configs = [fill(config, *sources) for config in spec.configs]
     if spec.fine_tunes:
         refuse_unused(given["agent"], given)
@@ -222,8 +239,9 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         "schema": SCHEMA,
         "agent": given["agent"],
         **({"label": check_label(given["label"])} if given.get("label") else {}),
-        "imports": list(dict.fromkeys(given["imports"])),
-        **({"base": base.about} if base else {}),
+        "imports": list(dict.fromkeys([*(frozen.imports if frozen else []), *given["imports"]])),
+        **({"base": inherited.about} if inherited else {}),
+        **(new_demonstrations(given, task.as_dict()) if frozen else {}),
         "env": task.as_dict(),
         "vector": to_dict(vector),
         "train": {**to_dict(loop), "num_envs": vector.num_envs, "seed": seed},
@@ -305,7 +323,10 @@ def _train(
     """Train in a folder that no other process trains in."""
     if not resume:
         begin_run(run, config)
-    make_session = ImitationSession if find(config["agent"]).offline else Session
+    spec = find(config["agent"])
+    make_session = ImitationSession if spec.offline else Session
+    if spec.needs_base:
+        make_session = ResidualSession
     try:
         session = make_session(run, config, resume=resume)
     except BaseException:

@@ -13,7 +13,7 @@ import pytest
 
 from agents.core.errors import UserError
 from experiments.arguments import Parser, add_dataclass, fill, run_command
-from experiments.settings import PRESETS, find_preset
+from experiments.settings import OF_AN_AGENT, PRESETS, find_preset
 from experiments.train import new_config, parser
 
 
@@ -147,13 +147,17 @@ def test_what_a_protocol_fixes_is_not_changed_silently() -> None:
 
 
 def test_presets_name_only_fields_that_exist_and_auto_follows_the_device() -> None:
-    assert find_preset("auto", "cpu") is PRESETS["cpu"]
-    assert find_preset("auto", "cuda:0") is PRESETS["gpu"]
+    assert find_preset("auto", "cpu") == PRESETS["cpu"]
+    assert find_preset("auto", "cuda:0") == PRESETS["gpu"]
     known: set[str] = set()
     for agent in ("sgqn", "drqv2", "fpo"):
         known |= {action.dest for action in parser(agent)._actions}
     for values in PRESETS.values():
         assert values.keys() <= known
+    for name, agents in OF_AN_AGENT.items():
+        for agent, values in agents.items():
+            assert values.keys() <= {action.dest for action in parser(agent)._actions}
+            assert find_preset(name, "cpu", agent) == PRESETS[name] | values
 
 
 def test_a_seed_is_drawn_and_kept_where_none_is_given() -> None:

@@ -27,8 +27,8 @@ from tests.experiments.helpers import (
     train,
 )
 
-ACTING = [name for name, spec in AGENTS.items() if not spec.offline]
-"""Agents that `train` trains; those of `imitate` have tests of their own."""
+ACTING = [name for name, spec in AGENTS.items() if not spec.offline and not spec.needs_base]
+"""Agents that `train` trains; those of `imitate`, and those that need a base, have tests of their own."""
 PARALLEL = {"num_envs": 2, "workers": 2, "distraction": "video_hard"}
 TASKS = ("dmc/cartpole-swingup", "metaworld/drawer-open")
 
