@@ -1,6 +1,7 @@
 """The Agent interface: `act`, `update`, and a state tree without pickle.
 
-An agent owns its networks, optimisers and random generators, and nothing else: no environment, no logger, no clock.
+A `Learner` is the part of it that training loops need: image generators learn, but act on nothing. Both own their
+networks, optimisers and random generators, and nothing else: no environment, no logger, no clock.
 """
 
 from __future__ import annotations
@@ -33,52 +34,22 @@ class ReplaySettings:
     discount: float
 
 
-class Agent(ABC):
-    """What the loops and `Policy` ask of every agent.
+class Learner(ABC):
+    """What every training loop asks of whatever it trains: an agent, or an image generator.
 
     Subclasses register what must be saved: networks as attributes in `networks()`, optimisers in `optimizers()`;
     everything else that changes goes through `extra_state` / `load_extra_state`.
     """
 
     generator: torch.Generator
-    replay_settings: ReplaySettings
-
-    @abstractmethod
-    def act(
-        self, observation: Observation, state: Any = None, *, explore: bool
-    ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
-        """Choose actions for a batch of observations.
-
-        Args:
-            observation: batched, see `Observation`.
-            state: what the previous call returned, for recurrent and planning agents; None at an episode's start.
-            explore: sample with the training noise; otherwise act greedily.
-
-        Returns:
-            Actions in [-1, 1], float32 [B, A] (or int64 [B]); the next state; extras to store with the step.
-        """
 
     @abstractmethod
     def update(self, batch: Any) -> dict[str, Tensor]:
-        """Learn from a `replay.Batch` (on-policy: a `rollout.Experience`).
+        """Learn from a batch of what this learner takes (agents: a `replay.Batch`, on-policy a `rollout.Experience`).
 
         Returns:
             0-d detached metrics under fixed names.
         """
-
-    def greedy(self) -> nn.Module:
-        """Return `act` without exploring as a module, for export; it shares the agent's weights.
-
-        Its `forward` takes the parts of an observation by name, such as `pixels` and `state`, and returns the actions
-        as a tensor; `agents.core.greedy.GreedyPolicy` is one for agents whose action follows from features.
-
-        Raises:
-            UserError: the agent's action is no function of the observation alone, or nobody has said which.
-        """
-        raise UserError(
-            f"{type(self).__name__} cannot be exported: it does not say how it acts on tensors alone; "
-            "give it a `greedy` method that returns such a module"
-        )
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
@@ -88,58 +59,8 @@ class Agent(ABC):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimisers to save, by name."""
 
-    def reset_state(self, state: Any, begins: np.ndarray) -> Any:
-        """Return what `act` is to be given as its state when some episodes begin.
-
-        Agents whose state is more than a tensor that is 0 at an episode's start override this.
-
-        Args:
-            state: what `act` returned, [B, ...]; None where it keeps none, or before its first call.
-            begins: bool [B], whose next observation is the first of an episode.
-        """
-        if state is None or not begins.any():
-            return state
-        mask = torch.as_tensor(begins, device=state.device)
-        return state.masked_fill(mask.view(-1, *[1] * (state.ndim - 1)), 0)
-
-    def stored_space(self, space: gym.Space, action_space: gym.Space) -> gym.Space:
-        """Return the space of what a replay keeps of observations.
-
-        Args:
-            space: of one environment's observations.
-            action_space: of its actions.
-        """
-        return space
-
     def set_progress(self, agent_steps: int) -> None:  # noqa: B027 - most agents have no schedule
         """Tell schedules how far training is; called by the loop before it acts."""
-
-    def trained_as(self, *configs: Any) -> None:  # noqa: B027 - most agents act as they do, however they were trained
-        """Tell an agent that is to act otherwise than it was trained the configs of its training.
-
-        Args:
-            *configs: as it was built with, then.
-        """
-
-    def seed_actions(self, seed: int) -> None:  # noqa: B027 - most agents draw nothing when they do not explore
-        """Draw the actions that follow from a fresh stream, so that an evaluation does not depend on the one before."""
-
-    def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
-        """Return where the agent looks when it chooses an action.
-
-        Args:
-            observation: batched, see `Observation`.
-            action: [B, A].
-
-        Returns:
-            float32 [B, k, H, W], not negative and of any scale, a map for every stacked frame; None where an agent
-            sees no pixels or cannot tell.
-        """
-        return None
-
-    def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
-        """Return pictures for the log (uint8 [H, W, 3] by name): what the agent sees and looks at."""
-        return {}
 
     def extra_state(self) -> dict[str, Any]:
         """Return further state (counters, random generators of methods), as a tree."""
@@ -186,6 +107,91 @@ class Agent(ABC):
                 )
             self.generator.set_state(tree["generator"].cpu())
             self.load_extra_state(tree["extra"])
+
+
+class Agent(Learner):
+    """What the loops and `Policy` ask of every agent beside."""
+
+    replay_settings: ReplaySettings
+
+    @abstractmethod
+    def act(
+        self, observation: Observation, state: Any = None, *, explore: bool
+    ) -> tuple[np.ndarray, Any, dict[str, Tensor]]:
+        """Choose actions for a batch of observations.
+
+        Args:
+            observation: batched, see `Observation`.
+            state: what the previous call returned, for recurrent and planning agents; None at an episode's start.
+            explore: sample with the training noise; otherwise act greedily.
+
+        Returns:
+            Actions in [-1, 1], float32 [B, A] (or int64 [B]); the next state; extras to store with the step.
+        """
+
+    def greedy(self) -> nn.Module:
+        """Return `act` without exploring as a module, for export; it shares the agent's weights.
+
+        Its `forward` takes the parts of an observation by name, such as `pixels` and `state`, and returns the actions
+        as a tensor; `agents.core.greedy.GreedyPolicy` is one for agents whose action follows from features.
+
+        Raises:
+            UserError: the agent's action is no function of the observation alone, or nobody has said which.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot be exported: it does not say how it acts on tensors alone; "
+            "give it a `greedy` method that returns such a module"
+        )
+
+    def reset_state(self, state: Any, begins: np.ndarray) -> Any:
+        """Return what `act` is to be given as its state when some episodes begin.
+
+        Agents whose state is more than a tensor that is 0 at an episode's start override this.
+
+        Args:
+            state: what `act` returned, [B, ...]; None where it keeps none, or before its first call.
+            begins: bool [B], whose next observation is the first of an episode.
+        """
+        if state is None or not begins.any():
+            return state
+        mask = torch.as_tensor(begins, device=state.device)
+        return state.masked_fill(mask.view(-1, *[1] * (state.ndim - 1)), 0)
+
+    def stored_space(self, space: gym.Space, action_space: gym.Space) -> gym.Space:
+        """Return the space of what a replay keeps of observations.
+
+        Args:
+            space: of one environment's observations.
+            action_space: of its actions.
+        """
+        return space
+
+    def trained_as(self, *configs: Any) -> None:
+        """Tell an agent that is to act otherwise than it was trained the configs of its training.
+
+        Args:
+            *configs: as it was built with, then.
+        """
+
+    def seed_actions(self, seed: int) -> None:
+        """Draw the actions that follow from a fresh stream, so that an evaluation does not depend on the one before."""
+
+    def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
+        """Return where the agent looks when it chooses an action.
+
+        Args:
+            observation: batched, see `Observation`.
+            action: [B, A].
+
+        Returns:
+            float32 [B, k, H, W], not negative and of any scale, a map for every stacked frame; None where an agent
+            sees no pixels or cannot tell.
+        """
+        return None
+
+    def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
+        """Return pictures for the log (uint8 [H, W, 3] by name): what the agent sees and looks at."""
+        return {}
 
 
 class OnPolicyAgent(Agent):

@@ -128,7 +128,7 @@ class MLPDenoiser(nn.Module):
         return self.leave(F.relu(features)).unflatten(1, self.shape)
 
 
-class _TransformerBlock(nn.Module):
+class TransformerBlock(nn.Module):
     """Self-attention and an MLP whose normalization, size and share the condition sets (adaLN-zero)."""
 
     def __init__(self, features: int, heads: int, expansion: int) -> None:
@@ -194,7 +194,7 @@ class DiTDenoiser(nn.Module):
         self.condition = nn.Linear(condition, features) if condition else None
         self.enter = nn.Linear(action, features)
         self.blocks = nn.ModuleList(
-            _TransformerBlock(features, heads, expansion) for _ in range(blocks)
+            TransformerBlock(features, heads, expansion) for _ in range(blocks)
         )
         self.norm = nn.LayerNorm(features, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(features, 2 * features)
@@ -206,7 +206,7 @@ class DiTDenoiser(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        modulations = [b.modulation for b in self.blocks if isinstance(b, _TransformerBlock)]
+        modulations = [b.modulation for b in self.blocks if isinstance(b, TransformerBlock)]
         for layer in [*modulations, self.modulation, self.leave]:
             nn.init.zeros_(layer.weight)
 

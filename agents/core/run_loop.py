@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.core.agent import Agent
+from agents.core.agent import Learner
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import DivergedError, UserError
 from agents.core.logging import Logger, Progress
@@ -108,7 +108,7 @@ class RunLoop(ABC):
 
     def __init__(
         self,
-        agent: Agent,
+        agent: Learner,
         settings: LoopSettings,
         *,
         logger: Logger,
@@ -165,6 +165,10 @@ class RunLoop(ABC):
     def postfix(self, values: Mapping[str, float]) -> str:
         """Return what stands behind the progress bar."""
         return ""
+
+    def evaluation_line(self, values: Mapping[str, float]) -> str:
+        """Return what a person reads of an evaluation."""
+        return "  ".join(f"{k.removeprefix('eval/')} {v:.1f}" for k, v in values.items())
 
     # ----------------------------------------------------------------------------- what is the same
 
@@ -333,8 +337,7 @@ class RunLoop(ABC):
             }
             self.checkpoints.save_best(progress.agent_steps, weights)
         self.hooks.line(
-            f"step {progress.agent_steps:>8,}  evaluation: "
-            + "  ".join(f"{k.removeprefix('eval/')} {v:.1f}" for k, v in values.items())
+            f"step {progress.agent_steps:>8,}  evaluation: {self.evaluation_line(values)}"
         )
         # Training speed is reported without the time that evaluation took.
         mark, steps, rendered = self._log_mark

@@ -59,6 +59,7 @@ class TrainingLoop(RunLoop):
         hooks: evaluation, timing and stopping.
     """
 
+    agent: Agent
     without_state = (
         "add --no-exact-resume: they then hold everything else, and --resume begins new episodes"
     )

@@ -1,0 +1,1 @@
+"""Image generators: pretrained on drawn pictures, then fine-tuned by rewards."""
