@@ -1,0 +1,181 @@
+"""Pretrain an image generator on drawings: shapes with captions, and letters.
+
+    python -m experiments.pretrain_generator --seed 0
+    python -m experiments.pretrain_generator --network dit --patch 4 --path cosine --kinds single text
+    python -m experiments.pretrain_generator --resume runs/generators/unet-flow-seed0 --steps 8000
+
+The drawings are made once and kept ($SIGHTLINE_CACHE, else ~/.cache/sightline). Some combinations of number, color,
+shape, size and place are never shown: every evaluation draws pictures for prompts of both sides, from fixed noise, and
+ShapesEval says how many are right (strict) and how right they are (graded). The run folder holds metrics, TensorBoard,
+samples.png and checkpoints; experiments.finetune_generator takes it as its --base.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agents.core.errors import UserError
+from agents.core.seeding import spawn_seeds
+from agents.core.settings import to_dict
+from agents.generative_models.drawings import DrawingSettings
+from agents.generative_models.generator import GeneratorConfig
+from agents.generative_models.pretraining import PretrainingConfig, PretrainingSettings
+from experiments.arguments import Parser, add_dataclass, fill, run_command
+from experiments.generator_runs import (
+    SCHEMA,
+    free_run_dir,
+    read_generator_config,
+    refuse_changes,
+    run_session,
+)
+from experiments.generator_session import PretrainingSession
+from experiments.settings import check_device
+
+COMMAND = "experiments.pretrain_generator"
+RESUMABLE = (
+    "steps",
+    "log_every",
+    "eval_every",
+    "eval_prompts",
+    "eval_steps",
+    "guidance",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+"""What --resume may change, beside device and threads."""
+HIDDEN = ("eval_episodes", "exact_resume")
+"""Settings of loops that act."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "width": 256,
+        "depth": 8,
+        "heads": 8,
+        "text_features": 256,
+        "batch_size": 256,
+        "learning_rate": 5e-4,
+        "pictures": 200_000,
+        "average_decay": 0.9995,
+        "bf16": True,
+    },
+    # One core: a step takes about a tenth of a second.
+    "cpu": {
+        "levels": 3,
+        "depth": 2,
+        "text_features": 64,
+        "text_blocks": 1,
+        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "steps": 3_500,
+        "log_every": 100,
+        "eval_every": 1_000,
+        "checkpoint_every": 500,
+    },
+    # Seconds, to see that everything works.
+    "debug": {
+        "size": 16,
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+        "text_features": 16,
+        "text_blocks": 1,
+        "batch_size": 8,
+        "pictures": 200,
+        "steps": 40,
+        "log_every": 10,
+        "eval_every": 20,
+        "eval_prompts": 4,
+        "eval_steps": 2,
+        "checkpoint_every": 20,
+    },
+}
+"""Values that replace the defaults of the fields they name, in whichever config has them."""
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    p = Parser(prog=f"python -m {COMMAND}", description=__doc__)
+    p.add_argument("--preset", default="auto", metavar="|".join(["auto", *PRESETS]),
+                   help="values that fit a machine; auto is gpu on CUDA devices, else cpu [auto]")  # fmt: skip
+    p.add_argument("--seed", type=int, help="of everything; none draws one and says which")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads [torch's own number]")
+    p.add_argument("--run-dir", type=Path, metavar="DIR",
+                   help="where the run is kept [runs/generators/<network>-<path>-seed<seed>]")  # fmt: skip
+    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
+    add_dataclass(p, "drawings", DrawingSettings(), skip=("size", "seed"))
+    add_dataclass(p, "generator", GeneratorConfig())
+    add_dataclass(p, "learning", PretrainingConfig())
+    add_dataclass(p, "loop", PretrainingSettings(), skip=HIDDEN)
+    return p
+
+
+@run_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    given = vars(parser().parse_args(argv))
+    if given["threads"] is not None and given["threads"] < 1:
+        raise UserError(f"--threads is {given['threads']}; give a positive number")
+    resume = given["resume"] is not None
+    if resume:
+        run = given["resume"]
+        config = resumed_config(given, sys.argv[1:] if argv is None else list(argv))
+    else:
+        config = new_config(given)
+        about, seed = config["generator"], config["seed"]
+        run = given["run_dir"] or free_run_dir(f"{about['network']}-{about['path']}-seed{seed}")
+    told = run_session(run, config, lambda on: PretrainingSession(run, config, on), resume=resume)
+    if told:
+        print(f"next: python -m experiments.finetune_generator --base {run}")
+    return 0
+
+
+def new_config(given: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json's content for parsed flags: everything resolved, nothing left to defaults."""
+    device = check_device(given["device"])
+    name = given["preset"]
+    if name == "auto":
+        name = "gpu" if device.startswith("cuda") else "cpu"
+    if name not in PRESETS:
+        raise UserError.unknown("preset", name, ["auto", *PRESETS])
+    seed, seeds = spawn_seeds(given["seed"])
+    sources = (PRESETS[name], {key: value for key, value in given.items() if key != "seed"})
+    generator = fill(GeneratorConfig(), *sources)
+    # The pictures are the same for every seed of a run, so that they are drawn once.
+    drawings = fill(DrawingSettings(), *sources, {"size": generator.size})
+    return {
+        "schema": SCHEMA,
+        "command": COMMAND,
+        "generator": to_dict(generator),
+        "drawings": to_dict(drawings),
+        "learning": to_dict(fill(PretrainingConfig(), *sources)),
+        "loop": to_dict(fill(PretrainingSettings(), *sources)),
+        "seed": seed,
+        "seeds": seeds,
+        "device": device,
+        "threads": given["threads"],
+        "preset": given["preset"],
+    }
+
+
+def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """Return the config of a run with what --resume may change.
+
+    Raises:
+        UserError: a flag is given that would make it another run.
+    """
+    config = read_generator_config(given["resume"], COMMAND)
+    refuse_changes(argv, [*RESUMABLE, "device", "threads"])
+    if given["device"] != "auto":
+        config["device"] = given["device"]
+    config["device"] = check_device(config["device"])
+    config["threads"] = given["threads"] or config["threads"]
+    config["loop"] |= {name: given[name] for name in RESUMABLE if name in given}
+    return config
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
