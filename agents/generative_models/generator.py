@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -230,7 +231,7 @@ class ImageGenerator(nn.Module):
         for first in range(0, len(prompts), batch):
             some = prompts[first : first + batch]
             noises = [
-                torch.Generator(self.device).manual_seed((seed << 32) + first + index)
+                torch.Generator(self.device).manual_seed(_mixed(seed, first + index))
                 for index in range(len(some))
             ]
             start = standard_normal((len(some), *self.shape), noises, device=self.device)
@@ -292,6 +293,11 @@ class ImageGenerator(nn.Module):
                 f"a saved generator's weights do not fit its config ({reason}); use the version that wrote it"
             ) from None
         return generator
+
+
+def _mixed(seed: int, index: int) -> int:
+    """Return a seed of 32 bits (torch's generator on the CPU looks at no more) for one image of many."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
 
 
 def save_generator(folder: str | FilePath, generator: ImageGenerator) -> None:

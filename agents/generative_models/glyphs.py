@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from agents.generative_models.drawings import glyph_scale, longest_text
 from agents.generative_models.font import CHARACTERS, GLYPHS
 
-LEAST_CORRELATION = 0.6
+LEAST_CORRELATION = 0.65
 """Of a letter: below it a place is empty or unreadable."""
 LEAST_CONTRAST = 0.1
 """Standard deviation of brightness that counts as contrast: less is treated as this much, so that noise is no text."""

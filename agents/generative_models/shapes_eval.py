@@ -25,7 +25,7 @@ from agents.generative_models.scenes import COLORS, SHAPES, Scene, parse_prompt
 
 BRIGHT = 0.45
 """Brightest channel of a pixel that belongs to a thing: about half covered by the darkest color (green, .8)."""
-FARTHEST_COLOR = 0.4
+FARTHEST_COLOR = 0.35
 """Distance in RGB, scaled to a brightest channel of 1, at which a pixel is of none of the colors."""
 LEAST_AREA = 0.008
 """Share of the picture that the smallest thing covers (8 of 1024 pixels; the smallest drawn triangle covers 18)."""

@@ -103,12 +103,19 @@ class TextEncoder(nn.Module):
         features: F.
         blocks: of a transformer; 0 for embeddings alone.
         heads: of its attention.
+
+    Raises:
+        UserError: the heads do not divide F.
     """
 
     def __init__(
         self, words: int, length: int, *, features: int = 128, blocks: int = 2, heads: int = 4
     ) -> None:
         super().__init__()
+        if features % heads:
+            raise UserError(
+                f"text features of width {features} do not split into {heads} heads; take a multiple of {heads}"
+            )
         self.embedding = nn.Embedding(words + 1, features)
         self.position = nn.Parameter(torch.empty(length, features))
         for weight in (self.embedding.weight, self.position):
