@@ -30,7 +30,7 @@ PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 """What is counted, in the order of the answers."""
 PART = "classifier"
 """Name of the files that hold one, and of the checkpoint's part."""
-TRAINING = {"steps": 1500, "batch_size": 64, "seed": 0}
+TRAINING = {"steps": 3000, "batch_size": 64, "seed": 0}
 """Of the classifier that is trained when no folder is given: about a minute on one core."""
 
 

@@ -1,0 +1,121 @@
+"""The command that pretrains image generators: end to end, resumed exactly, and one line for every mistake."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from agents.core.checkpoints import CheckpointStore
+from agents.generative_models.generator import load_generator
+from experiments.pretrain_generator import main
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("SIGHTLINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def command(run, *flags, steps=12):
+    return main(
+        ["--preset", "debug", "--seed", "3", "--run-dir", str(run), "--steps", str(steps), "--threads", "1",
+         "--log-every", "4", "--eval-every", "6", "--checkpoint-every", "6", "--depth", "0", *flags]
+    )  # fmt: skip
+
+
+def metrics(run):
+    with (run / "metrics.csv").open() as file:
+        return {
+            (row["agent_steps"], row["tag"]): row["value"]
+            for row in csv.DictReader(file)
+            if not row["tag"].startswith("time/")
+        }
+
+
+def test_a_run_tells_everything_and_goes_on_exactly(tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(whole) == 0
+    out = capsys.readouterr().out
+    assert "drawings" in out and "estimate:" in out  # noqa: PT018
+    assert f"next: python -m experiments.finetune_generator --base {whole}" in out
+    assert command(parts, steps=7) == 0
+    assert main(["--resume", str(parts), "--steps", "12"]) == 0
+    assert metrics(whole) == metrics(parts)
+    one, other = load_generator(whole), load_generator(parts)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    states = [CheckpointStore(run).load()["agent"]["generator"] for run in (whole, parts)]
+    assert torch.equal(*states)
+
+    tags = {tag for _, tag in metrics(whole)}
+    assert {
+        "eval/seen_strict",
+        "eval/held_out_strict",
+        "eval/held_out_graded",
+        "loss/denoising",
+    } <= tags
+    assert Image.open(whole / "samples.png").size[0] > 200
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["seed"], config["threads"], config["generator"]["size"]) == (3, 1, 16)
+    assert {"system.json", "command.txt", "tensorboard"} <= {file.name for file in whole.iterdir()}
+
+    capsys.readouterr()
+    assert main(["--resume", str(parts)]) == 0
+    assert "nothing to do: it has 12 of 12 gradient steps" in capsys.readouterr().out
+
+
+def test_other_networks_paths_and_drawings(tmp_path):
+    flags = ("--network", "dit", "--path", "cosine", "--kinds", "text", "single")
+    assert command(tmp_path / "run", *flags, steps=6) == 0
+    generator = load_generator(tmp_path / "run")
+    assert generator.kind == "v"
+    assert generator.encode(['the text "B"', "a red circle"]).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "debgu"], "unknown preset 'debgu'; did you mean debug"),
+        (["--size", "30"], "divisible by"),
+        (["--kinds", "singles"], "unknown kind of drawing 'singles'; did you mean single"),
+        (["--netwrok", "dit"], "unknown flag '--netwrok'; did you mean --network"),
+        (["--path", "flows"], "invalid choice"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--steps", "0"], "steps is 0; give a positive number"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--device", "tpu"], "device 'tpu' is not available here"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--resume", "nowhere"], "'nowhere' is no run folder"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--preset", "debug", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_a_run_cannot_become_another_one(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert command(run, steps=6) == 0
+    capsys.readouterr()
+    assert main(["--resume", str(run), "--width", "64"]) == 2
+    assert "--width cannot change with --resume" in capsys.readouterr().err
+    assert command(run) == 2
+    assert "exists; choose another --run-dir" in capsys.readouterr().err
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "command": "experiments.other"}))
+    assert main(["--resume", str(run)]) == 2
+    assert "is no run of experiments.pretrain_generator" in capsys.readouterr().err
+
+
+def test_help_names_every_group(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("drawings:", "generator:", "learning:", "loop:"):
+        assert group in text
