@@ -27,7 +27,9 @@ SCHEMA = 1
 class GeneratorSession(Protocol):
     """A run that is open: what `run_session` drives."""
 
-    loop: RunLoop
+    @property
+    def loop(self) -> RunLoop:
+        """What trains."""
 
     def settle(self) -> None:
         """Choose what is chosen once for the whole run, such as threads."""

@@ -127,7 +127,9 @@ def begin_run(folder: Path, config: dict[str, Any]) -> None:
     """
     check_free(folder)
     task = config.get("env")  # image generators have none
-    draws = bool(task) and task["observation"] != "state" and not task["id"].startswith("toy/")
+    draws = (
+        task is not None and task["observation"] != "state" and not task["id"].startswith("toy/")
+    )
     write_json(folder / "system.json", describe_system(gl=draws))
     (folder / "command.txt").write_text(command_line() + "\n")
     write_json(folder / "config.json", config)

@@ -30,8 +30,8 @@ PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 """What is counted, in the order of the answers."""
 PART = "classifier"
 """Name of the files that hold one, and of the checkpoint's part."""
-TRAINING = {"steps": 3000, "batch_size": 64, "seed": 0}
-"""Of the classifier that is trained when no folder is given: about a minute on one core."""
+STEPS, BATCH_SIZE = 3000, 64
+"""Of the training of the classifier that is used when no folder is given: about a minute on one core."""
 
 
 class ThingCounter(nn.Module):
@@ -145,11 +145,12 @@ def load_counter(folder: Path) -> ThingCounter:
 def default_counter(size: int) -> ThingCounter:
     """Return the classifier for drawings of some size: from the cache, or trained and kept there."""
     drawings = DrawingSettings(size=size, pictures=20_000, seed=1)
-    about = json.dumps({"drawings": to_dict(drawings), **TRAINING}, sort_keys=True)
+    training = {"steps": STEPS, "batch_size": BATCH_SIZE}
+    about = json.dumps({"drawings": to_dict(drawings), **training}, sort_keys=True)
     folder = cache_folder().parent / f"classifier-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     if not CheckpointStore(folder).latest():
         print(f"training the classifier on drawings of {size} pixels, once", flush=True)
-        save_counter(folder, train_counter(drawings, **TRAINING))
+        save_counter(folder, train_counter(drawings, steps=STEPS, batch_size=BATCH_SIZE, seed=0))
     return load_counter(folder)
 
 

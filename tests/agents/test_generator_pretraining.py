@@ -229,3 +229,14 @@ def test_contact_sheets_show_the_pictures_in_order(tmp_path):
     assert (captioned[50:] < 100).all(2).any()  # something is written
     save_picture(tmp_path / "sheet.png", captioned)
     assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_bfloat16_is_near_float32():
+    """The same draws, so that the losses differ by rounding alone; parameters and averages stay in float32."""
+    losses = {}
+    for bf16 in (False, True):
+        pretrainer = learner(bf16=bf16)
+        losses[bf16] = train(pretrainer, 5)
+        assert {p.dtype for p in pretrainer.average.parameters()} == {torch.float32}
+    assert losses[True] == pytest.approx(losses[False], rel=0.03)
+    assert losses[True] != losses[False]
