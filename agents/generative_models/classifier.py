@@ -30,7 +30,7 @@ PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 """What is counted, in the order of the answers."""
 PART = "classifier"
 """Name of the files that hold one, and of the checkpoint's part."""
-STEPS, BATCH_SIZE = 3000, 64
+PICTURES, STEPS, BATCH_SIZE = 20_000, 3000, 64
 """Of the training of the classifier that is used when no folder is given: about a minute on one core."""
 
 
@@ -144,7 +144,7 @@ def load_counter(folder: Path) -> ThingCounter:
 
 def default_counter(size: int) -> ThingCounter:
     """Return the classifier for drawings of some size: from the cache, or trained and kept there."""
-    drawings = DrawingSettings(size=size, pictures=20_000, seed=1)
+    drawings = DrawingSettings(size=size, pictures=PICTURES, seed=1)
     training = {"steps": STEPS, "batch_size": BATCH_SIZE}
     about = json.dumps({"drawings": to_dict(drawings), **training}, sort_keys=True)
     folder = cache_folder().parent / f"classifier-{hashlib.sha256(about.encode()).hexdigest()[:16]}"

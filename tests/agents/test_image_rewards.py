@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from agents.core.errors import UserError
+from agents.generative_models import classifier
 from agents.generative_models import rewards as module
 from agents.generative_models.classifier import (
     PAIRS,
@@ -318,3 +319,15 @@ def test_jpeg_matches_pillow_in_memory():
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(buffer, "JPEG", quality=95)
     value = make_reward("incompressibility")(torch.zeros(1, 3, 16, 16), [""])
     assert value.item() == pytest.approx(len(buffer.getvalue()) / 1000)
+
+
+def test_without_a_folder_a_counter_is_trained_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIGHTLINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(classifier, "STEPS", 2)
+    monkeypatch.setattr(classifier, "PICTURES", 50)
+    images, prompts = drawings(pictures=3)
+    first = make_reward("classifier")(images, prompts)
+    assert "training the classifier" in capsys.readouterr().out
+    assert torch.equal(make_reward("classifier")(images, prompts), first)
+    assert not capsys.readouterr().out
+    assert make_reward("classifier")(images[:, :, ::2, ::2], prompts).shape == (3,)  # another size
