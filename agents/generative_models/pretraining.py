@@ -226,7 +226,17 @@ class PretrainingLoop(RunLoop):
         self.agent.set_progress(progress.agent_steps)
         clock = time.perf_counter()
         batch = self.stream.sample(self.agent.config.batch_size)
-        self.metrics.append(self.agent.update(batch))
+        try:
+            self.metrics.append(self.agent.update(batch))
+        except (MemoryError, RuntimeError) as error:  # on the CPU torch raises the latter
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
+                "can't allocate memory" not in str(error)
+            ):
+                raise
+            raise UserError(
+                "out of memory: lower --batch-size first, then --width, --depth or --size, in a new run; the last "
+                "checkpoint is kept"
+            ) from error
         self._seconds += time.perf_counter() - clock
         progress.gradient_updates += 1
         progress.agent_steps += 1

@@ -214,6 +214,30 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
     assert torch.isfinite(load_generator(folder).text.position).all()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_names_what_to_lower(error, tmp_path, monkeypatch):
+    def fail(self, batch):
+        raise error
+
+    run(tmp_path, 4)
+    monkeypatch.setattr(Pretrainer, "update", fail)
+    with pytest.raises(UserError, match="out of memory: lower --batch-size first"):
+        run(tmp_path, 8, resume=True)
+    assert CheckpointStore(tmp_path).load()["progress"]["agent_steps"] == 4
+    with pytest.raises(RuntimeError, match="another"):
+        monkeypatch.setattr(
+            Pretrainer, "update", lambda self, batch: (_ for _ in ()).throw(RuntimeError("another"))
+        )
+        run(tmp_path, 8, resume=True)
+
+
 # ------------------------------------------------------------------------------------------ sheets
 
 
