@@ -74,7 +74,7 @@ class Hooks:
     """What a script adds to the loop.
 
     Attributes:
-        evaluate: returns scalars by tag; the one that ends in `/return_mean` picks the best checkpoint.
+        evaluate: returns scalars by tag; the one that ends in the loop's `best_by` picks the best checkpoint.
         render_seconds: total time that the environments spent rendering.
         stop: asked after every step; True saves and returns.
         line: prints one line for a person (progress bars permitting).
@@ -99,11 +99,13 @@ class RunLoop(ABC):
     Attributes:
         unit: what a step is called in messages.
         remedy: what helps when numbers are not finite.
+        best_by: how the tag of an evaluation's number ends that picks the best checkpoint.
         store: experience that is saved with every checkpoint; None where there is none.
     """
 
     unit: ClassVar[str] = "agent step"
     remedy: ClassVar[str] = "lower a learning rate, or use --precision fp32"
+    best_by: ClassVar[str] = "/return_mean"
     store: Replay | None = None
 
     def __init__(
@@ -327,7 +329,7 @@ class RunLoop(ABC):
         progress, clock = self.state.progress, time.perf_counter()
         values = self.hooks.evaluate(progress)
         self.logger.scalars(values, progress)
-        score = max((v for k, v in values.items() if k.endswith("/return_mean")), default=-math.inf)
+        score = max((v for k, v in values.items() if k.endswith(self.best_by)), default=-math.inf)
         if score > self.state.best_return:
             self._check_finite()
             self.state.best_return = score

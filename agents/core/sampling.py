@@ -47,6 +47,7 @@ class Chain:
     Attributes:
         samples: [S + 1, B, ...]: the start, and what each of the S steps drew, before any clip.
         log_prob: per element, [len(stochastic), B, ...].
+        mean: of what was drawn in these steps, [len(stochastic), B, ...].
         stochastic: indices (into the sampler's steps) of those with a log-probability; step i leads from
             `samples[i - first]` to `samples[i - first + 1]`.
         first: index of the chain's first step.
@@ -55,6 +56,7 @@ class Chain:
 
     samples: Tensor
     log_prob: Tensor
+    mean: Tensor
     stochastic: tuple[int, ...]
     first: int
     data: Tensor
@@ -286,7 +288,7 @@ class Sampler:
     ) -> Chain:
         """Return a chain with its record; arguments as for `sample`. Log-probabilities are those at temperature 1."""
         chosen = range(self.steps) if steps is None else steps
-        samples, log_prob, stochastic = [self._begun(start, chosen, fixed)], [], []
+        samples, log_prob, mean, stochastic = [self._begun(start, chosen, fixed)], [], [], []
         last = self.steps - 1
         for last, step, x in self._walk(
             denoiser, start, condition, generator, steps, temperature, fixed, noise_network
@@ -294,10 +296,13 @@ class Sampler:
             samples.append(x)
             if last in self.stochastic:
                 log_prob.append(_free(step.log_prob(x), fixed))
+                mean.append(step.mean)
                 stochastic.append(last)
         kept = torch.stack(samples)
         logs = torch.stack(log_prob) if log_prob else kept[:0]
-        return Chain(kept, logs, tuple(stochastic), chosen.start, self._out(samples[-1], last))
+        means = torch.stack(mean) if mean else kept[:0]
+        data = self._out(samples[-1], last)
+        return Chain(kept, logs, means, tuple(stochastic), chosen.start, data)
 
     def log_prob(
         self,

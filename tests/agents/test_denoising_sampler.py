@@ -77,6 +77,8 @@ def test_a_ratio_starts_at_exactly_one(rule, limits):
             again = sampler.log_prob(network, x, drawn, which, condition, noise_network=spread)
             assert torch.equal(again, chain.log_prob[place])
             assert again.requires_grad
+        step = sampler.step(network, chain.samples[index], index, condition, noise_network=spread)
+        assert torch.equal(step.mean, chain.mean[place])
 
 
 @pytest.mark.parametrize("rule", [Posterior(1.0), FlowSDE(), LearnedNoise()], ids=name)
