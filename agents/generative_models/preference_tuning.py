@@ -1,0 +1,170 @@
+"""Learning from which images of a prompt are the best: Diffusion-DPO, IPO, D3PO, and RAFT's imitation.
+
+Pairs are made on the fly: of each prompt's images the best and the worst by the reward, as a judge of whom only the
+order counts. Prompts whose images are all as good say nothing.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.core.chain_steps import standard_normal
+from agents.core.denoising import draw_times
+from agents.core.errors import UserError
+from agents.core.preferences import denoising_log_ratio, dpo, ipo
+from agents.core.sampling import Sampler
+from agents.generative_models.chains import ChainBatch
+from agents.generative_models.credit import best_and_worst, best_of_group
+from agents.generative_models.ratio_rules import reduced
+from agents.generative_models.tuner import (
+    GeneratorTuner,
+    Metrics,
+    mean_metrics,
+    parts,
+    reward_metrics,
+)
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "ipo": ipo}
+
+
+class _Drawn:
+    """An iteration's images in one piece: data [B, C, H, W], conditions [B, L, F], rewards and groups [B]."""
+
+    def __init__(self, batches: Sequence[ChainBatch], reward: Tensor) -> None:
+        self.samples = torch.cat([batch.samples for batch in batches], 1)
+        self.condition = torch.cat([batch.condition for batch in batches])
+        self.group = torch.cat([batch.group for batch in batches])
+        self.reward = reward
+
+
+class SelectionTuner(GeneratorTuner):
+    """Draws, selects, and learns from what is selected; see the module and `GeneratorTuner`."""
+
+    def update(self, batch: Sequence[str]) -> Metrics:
+        """See `GeneratorTuner.update`."""
+        sampler, batches = self.draw(batch)
+        self.iterations += 1
+        drawn = _Drawn(batches, self.score_batches(batches))
+        chosen = self.select(drawn)
+        metrics = reward_metrics(drawn.reward) | {
+            "reward/selected": torch.tensor(float(chosen.shape[-1]))
+        }
+        if not chosen.numel():
+            return metrics
+        steps: list[Metrics] = []
+        for _ in range(self.config.epochs):
+            for part in parts(self.shuffled(chosen.shape[-1]), self.config.updates):
+                places = chosen[..., part]
+                steps.append(self.descend(partial(self._backward, sampler, drawn, places)))
+        return metrics | mean_metrics(steps)
+
+    @abstractmethod
+    def select(self, drawn: _Drawn) -> Tensor:
+        """Return places of images to learn from, int64 [..., N]."""
+
+    @abstractmethod
+    def loss(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the loss of some of what was selected, 0-d, and metrics."""
+
+    def _backward(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> Metrics:
+        """Add up gradients, `batch_size` images in a pass."""
+        count, most = (
+            places.shape[-1],
+            max(1, self.config.batch_size * places.shape[-1] // places.numel()),
+        )
+        metrics = []
+        for part in places.split(most, -1):
+            loss, said = self.loss(sampler, drawn, part)
+            (loss * (part.shape[-1] / count)).backward()
+            metrics.append(said | {"loss/selection": loss.detach()})
+        return mean_metrics(metrics)
+
+    def noised(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return random times [count] and noise [count, C, H, W]."""
+        t = draw_times(self.model.path, count, self.generator, device=self.device)
+        shape = (count, *self.model.shape)
+        return t, standard_normal(shape, self.generator, device=self.device)
+
+
+class ImitationTuner(SelectionTuner):
+    """RAFT: the best images of each prompt are learned like data."""
+
+    def select(self, drawn: _Drawn) -> Tensor:
+        """See `SelectionTuner.select`."""
+        return best_of_group(drawn.reward, drawn.group, self.config.best)
+
+    def loss(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the denoising loss, with conditions dropped as in pretraining."""
+        places = places.repeat(self.config.draws)
+        x0, condition = drawn.samples[-1, places], drawn.condition[places]
+        return self.model.loss(x0, condition, self.generator).mean(), {}
+
+
+class PairTuner(SelectionTuner):
+    """Pairs of best and worst; subclasses say what log-ratio they have."""
+
+    def select(self, drawn: _Drawn) -> Tensor:
+        """See `SelectionTuner.select`: the best in the first row, the worst in the second."""
+        return torch.stack(best_and_worst(drawn.reward, drawn.group))
+
+    def loss(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the preference loss of pairs [2, N]."""
+        log_ratio = self.log_ratio(sampler, drawn, places)
+        loss = LOSSES[self.config.preference](log_ratio, beta=self.config.beta).mean()
+        margin = (log_ratio[0] - log_ratio[1]).detach()
+        right = (margin > 0).float().mean()
+        return loss, {"preference/margin": margin.mean(), "preference/right": right}
+
+    @abstractmethod
+    def log_ratio(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> Tensor:
+        """Return log(pi / pi_ref) [2, M] for pairs of places [2, N]."""
+
+
+class NoisedPairTuner(PairTuner):
+    """Diffusion-DPO and IPO: both images are noised alike, and predicted back."""
+
+    def log_ratio(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> Tensor:
+        """See `PairTuner.log_ratio`."""
+        places = places.repeat(1, self.config.draws)
+        t, noise = self.noised(places.shape[1])
+        inputs = (
+            drawn.samples[-1, places.flatten()],
+            drawn.condition[places.flatten()],
+            t.repeat(2),
+            noise.repeat(2, 1, 1, 1),
+        )
+        error = self.dimension * self.model.errors(*inputs)
+        with torch.no_grad():
+            reference_error = self.dimension * self.reference.errors(*inputs)
+        return denoising_log_ratio(error, reference_error).view(2, -1)
+
+
+class StepPairTuner(PairTuner):
+    """D3PO: every stochastic step of two chains from one noise is a comparison."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        if not self.sampler().stochastic:
+            raise UserError(
+                "chains without noise have no steps to compare; give a --noise-level above 0 and 2 steps or more"
+            )
+
+    def log_ratio(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> Tensor:
+        """See `PairTuner.log_ratio`; one stochastic step of every pair, drawn at random."""
+        index = sampler.stochastic[self.shuffled(len(sampler.stochastic))[0]]
+        x, result = (
+            drawn.samples[index, places.flatten()],
+            drawn.samples[index + 1, places.flatten()],
+        )
+        condition = drawn.condition[places.flatten()]
+        step = sampler.step(self.guided(self.model), x, index, condition)
+        with torch.no_grad():
+            reference = sampler.step(self.guided(self.reference), x, index, condition)
+            old = reduced(reference.log_prob(result), self.config.log_prob)
+        return (reduced(step.log_prob(result), self.config.log_prob) - old).view(2, -1)

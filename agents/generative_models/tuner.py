@@ -1,0 +1,195 @@
+"""What every method of fine-tuning shares: generator, reference, prompts, rewards, gradient steps.
+
+An iteration draws images of some prompts, scores them, and takes a few gradient steps; `update` does all three. Only
+the denoiser learns: the text encoder stays, so a prompt is encoded once in a run. Guidance is one pass over a doubled
+batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agents.core.agent import Learner
+from agents.core.sampling import Denoiser, Sampler
+from agents.generative_models.chains import ChainBatch, draw_chains, step_rules, window_start
+from agents.generative_models.credit import RewardFunction, checked_reward
+from agents.generative_models.generator import ImageGenerator
+from agents.generative_models.tuning_config import TuningConfig
+
+Metrics = dict[str, Tensor]
+
+
+class GeneratorTuner(Learner):
+    """A generator that learns from rewards of its images.
+
+    Args:
+        model: it is copied for the reference, and then learns itself.
+        reward: of images in [0, 1] and their prompts.
+        config: how.
+        device: where networks live.
+        seed: of noise, times and orders.
+
+    Attributes:
+        model: learns.
+        reference: the model as it was, frozen.
+        dimension: d, numbers of a sample.
+        iterations: so far.
+        evaluations: samples that went through a denoiser so far, the reference's and both halves of guidance included.
+        scored: images that the reward has seen so far.
+    """
+
+    needs_mean = False
+
+    def __init__(
+        self,
+        model: ImageGenerator,
+        reward: RewardFunction,
+        config: TuningConfig,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.config, self.reward, self.device = config, reward, torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.model = model.to(self.device).requires_grad_(False).eval()
+        self.reference = copy.deepcopy(self.model)
+        self.model.denoiser.requires_grad_(True)
+        self.evaluations = self.scored = self.iterations = self.gradient_updates = 0
+        for network in (self.model.denoiser, self.reference.denoiser):
+            network.register_forward_pre_hook(self._count)
+        self.dimension = 1
+        for size in model.shape:
+            self.dimension *= size
+        self.optimizer = torch.optim.AdamW(
+            self.model.denoiser.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
+        self._conditions: dict[str, Tensor] = {}
+        self._samplers: dict[int, Sampler] = {}
+
+    # ------------------------------------------------------------------------ what a method says
+
+    @abstractmethod
+    def update(self, batch: Sequence[str]) -> Metrics:
+        """Draw images of prompts, score them, and learn; return 0-d detached metrics."""
+
+    # -------------------------------------------------------------------------------- its parts
+
+    def condition(self, prompts: Sequence[str]) -> Tensor:
+        """Return prompts encoded, [B, L, F]; each one is encoded once in a run."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._conditions]
+        if missing:
+            with torch.no_grad():
+                self._conditions |= zip(missing, self.model.encode(missing), strict=True)
+        return torch.stack([self._conditions[prompt] for prompt in prompts])
+
+    def sampler(self, start: int = 0) -> Sampler:
+        """Return the sampler of training, its window of noise beginning with step `start`."""
+        if start not in self._samplers:
+            config = self.config
+            rules = step_rules(config, start)
+            self._samplers[start] = self.model.sampler(
+                config.denoising_steps, rules, shift=config.shift
+            )
+        return self._samplers[start]
+
+    def guided(self, model: ImageGenerator) -> Denoiser:
+        """Return a model's denoiser with the guidance of training."""
+        return model.guided(self.config.guidance)
+
+    def draw(self, prompts: Sequence[str]) -> tuple[Sampler, list[ChainBatch]]:
+        """Return an iteration's images with their chains, and what drew them."""
+        config = self.config
+        sampler = self.sampler(window_start(config, self.iterations, self.generator))
+        batches = draw_chains(
+            sampler, self.guided(self.model), self.model.decode, prompts, self.condition(prompts),
+            self.model.shape, self.generator, group=config.group, batch_size=config.batch_size,
+            shared_noise=config.shared_noise, how=config.log_prob, keep_mean=self.needs_mean,
+        )  # fmt: skip
+        return sampler, batches
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return rewards [B] of images [B, 3, H, W]; see `checked_reward`."""
+        values = checked_reward(self.reward, images, prompts)
+        self.scored += len(prompts)
+        return values
+
+    def score_batches(self, batches: Sequence[ChainBatch]) -> Tensor:
+        """Return the rewards of an iteration's images, [B] over all batches, without gradient."""
+        images = torch.cat([batch.images for batch in batches])
+        with torch.no_grad():
+            return self.score(images, [prompt for batch in batches for prompt in batch.prompts])
+
+    def descend(self, backward: Callable[[], Metrics]) -> Metrics:
+        """Take one gradient step.
+
+        Args:
+            backward: adds gradients to the denoiser's, and returns metrics.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = backward()
+        moved = [p for p in self.model.denoiser.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(moved, self.config.max_gradient_norm)
+        self.optimizer.step()
+        self.gradient_updates += 1
+        return metrics | {"gradient_norm": norm.detach()}
+
+    def shuffled(self, count: int) -> list[int]:
+        """Return 0 ... count - 1 in random order."""
+        return torch.randperm(count, generator=self.generator, device=self.device).tolist()
+
+    def _count(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.evaluations += len(arguments[0])
+
+    # -------------------------------------------------------------------------------------- state
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the modules to save; the reference, too: then a run does not depend on its base's folder."""
+        return {"model": self.model, "reference": self.reference}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizers to save."""
+        return {"denoiser": self.optimizer}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return counters."""
+        names = ("evaluations", "scored", "iterations", "gradient_updates")
+        return {name: getattr(self, name) for name in names}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `extra_state` returned."""
+        for name in ("evaluations", "scored", "iterations", "gradient_updates"):
+            setattr(self, name, state[name])
+
+
+def parts(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
+    """Yield `items` in `count` runs of nearly equal length, none empty."""
+    count = min(count, len(items))
+    bounds = [len(items) * index // count for index in range(count + 1)]
+    for first, last in pairwise(bounds):
+        yield items[first:last]
+
+
+def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
+    """Return each name's mean over those that have it."""
+    names = sorted({name for each in metrics for name in each})
+    return {
+        name: torch.stack([each[name].float() for each in metrics if name in each]).mean()
+        for name in names
+    }
+
+
+def reward_metrics(reward: Tensor, kept: Tensor | None = None) -> Metrics:
+    """Return what an iteration's rewards were like."""
+    metrics = {"reward/mean": reward.mean(), "reward/std": reward.std(correction=0)}
+    if kept is not None:
+        metrics["reward/kept"] = kept.float().mean()
+    return {name: value.detach() for name, value in metrics.items()}
