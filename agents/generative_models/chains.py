@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from agents.core.chain_steps import standard_normal
-from agents.core.errors import UserError
 from agents.core.sampling import Denoiser, Sampler
 from agents.core.step_rules import CPS, DanceSDE, FlowSDE, Posterior, StepRule
 from agents.generative_models.ratio_rules import Reduction, reduced
@@ -111,12 +110,7 @@ def draw_chains(
         shared_noise: images of a prompt begin with the same noise.
         how: to reduce log-probabilities.
         keep_mean: keep the steps' means.
-
-    Raises:
-        UserError: there is no prompt.
     """
-    if not prompts:
-        raise UserError("there are no prompts to draw images of; give some")
     device = condition.device
     number = torch.arange(len(prompts), device=device).repeat_interleave(group)
     batches = []

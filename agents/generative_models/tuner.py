@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.core.agent import Learner
+from agents.core.errors import UserError
 from agents.core.sampling import Denoiser, Sampler
 from agents.generative_models.chains import ChainBatch, draw_chains, step_rules, window_start
 from agents.generative_models.credit import RewardFunction, checked_reward
@@ -84,7 +85,13 @@ class GeneratorTuner(Learner):
     # -------------------------------------------------------------------------------- its parts
 
     def condition(self, prompts: Sequence[str]) -> Tensor:
-        """Return prompts encoded, [B, L, F]; each one is encoded once in a run."""
+        """Return prompts encoded, [B, L, F]; each one is encoded once in a run.
+
+        Raises:
+            UserError: there are none, or one has a word that the generator does not know.
+        """
+        if not prompts:
+            raise UserError("there are no prompts to draw images of; give some")
         missing = [p for p in dict.fromkeys(prompts) if p not in self._conditions]
         if missing:
             with torch.no_grad():
