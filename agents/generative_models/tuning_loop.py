@@ -1,0 +1,185 @@
+"""The loop that fine-tunes a generator: iterations, evaluations by the monitor, and a stop where it says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.core.checkpoints import CheckpointStore
+from agents.core.errors import UserError
+from agents.core.logging import Logger
+from agents.core.run_loop import Hooks, LoopSettings, RunLoop
+from agents.generative_models.generator import PART
+from agents.generative_models.monitor import Monitor
+from agents.generative_models.tuner import GeneratorTuner
+
+
+@dataclass(frozen=True)
+class TuningSettings(LoopSettings):
+    """How long and how often."""
+
+    steps: int = 100
+    """Iterations in all, each of `prompts` times `group` images; with --resume, the new total."""
+    log_every: int = 1
+    """Iterations between lines of metrics."""
+    eval_every: int = 10
+    """Iterations between evaluations by the monitor, which measures the base first; 0 for none."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints (one is always saved at the end)."""
+
+
+class PromptStream:
+    """Prompts in random order, all of them before any comes again.
+
+    Args:
+        prompts: at least one.
+        seed: of the order.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int) -> None:
+        if not prompts:
+            raise UserError("there are no prompts to train on; give some")
+        self.prompts = list(prompts)
+        self.random = np.random.default_rng(seed)
+        self._left: list[int] = []
+
+    def take(self, count: int) -> list[str]:
+        """Return the next prompts."""
+        while len(self._left) < count:
+            self._left += self.random.permutation(len(self.prompts)).tolist()
+        chosen, self._left = self._left[:count], self._left[count:]
+        return [self.prompts[place] for place in chosen]
+
+    def get_state(self) -> dict[str, Any]:
+        """Return where it is."""
+        return {"random": self.random.bit_generator.state, "left": list(self._left)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Restore `get_state`."""
+        self.random.bit_generator.state = state["random"]
+        self._left = list(state["left"])
+
+
+class TuningLoop(RunLoop):
+    """Fine-tunes a generator.
+
+    Args:
+        tuner: learns.
+        prompts: what it draws.
+        monitor: measures.
+        settings: how long and how often.
+        logger: where numbers go.
+        checkpoints: where checkpoints go.
+        hooks: `evaluate` calls the monitor.
+
+    Attributes:
+        stopped: why the monitor ended the run, if it did.
+    """
+
+    unit = "iteration"
+    remedy = "lower --learning-rate, or raise --kl"
+    best_by = "/gold"
+    agent: GeneratorTuner
+
+    def __init__(
+        self,
+        tuner: GeneratorTuner,
+        prompts: PromptStream,
+        monitor: Monitor,
+        settings: TuningSettings,
+        *,
+        logger: Logger,
+        checkpoints: CheckpointStore,
+        hooks: Hooks,
+    ) -> None:
+        super().__init__(tuner, settings, logger=logger, checkpoints=checkpoints, hooks=hooks)
+        self.prompts, self.monitor = prompts, monitor
+        self.stopped: str | None = None
+        asked = hooks.stop
+        hooks.stop = lambda: asked() or self.stopped is not None
+        self._images = 0
+
+    def start(self) -> None:
+        """Measure the base."""
+        self._log_mark = (time.perf_counter(), 0, 0.0)
+        if self.settings.eval_every:
+            self._evaluate()
+
+    def own_parts(self, *, environments: bool) -> dict[str, Any]:
+        """See `RunLoop.own_parts`; the generator is a part of its own, as `load_generator` finds it."""
+        return {
+            "prompts": self.prompts.get_state(),
+            "monitor": {"history": self.monitor.get_state()},
+            PART: self.agent.model.to_tree(),
+        }
+
+    def set_own_parts(self, parts: Mapping[str, Any]) -> None:
+        """See `RunLoop.set_own_parts`."""
+        self.prompts.set_state(parts["prompts"])
+        self.monitor.set_state(parts["monitor"]["history"])
+
+    def _step(self) -> None:
+        progress, scored = self.state.progress, self.agent.scored
+        with named_memory_errors():
+            self.metrics.append(self.agent.update(self.prompts.take(self.agent.config.prompts)))
+        self._images += self.agent.scored - scored
+        progress.agent_steps += 1
+        progress.gradient_updates = self.agent.gradient_updates
+
+    def _evaluate(self) -> None:
+        with named_memory_errors():
+            super()._evaluate()
+        self.stopped = self.monitor.why_stop()
+
+    def numbers(self, seconds: float, steps: int) -> dict[str, float]:
+        """See `RunLoop.numbers`."""
+        values = {
+            "time/seconds_per_iteration": seconds / steps,
+            "time/images_per_second": self._images / seconds,
+            "budget/denoiser_evaluations": float(self.agent.evaluations),
+            "budget/reward_calls": float(self.agent.scored),
+        }
+        self._images = 0
+        return values
+
+    def postfix(self, values: Mapping[str, float]) -> str:
+        """See `RunLoop.postfix`."""
+        return f"reward {values['reward/mean']:.3f}" if "reward/mean" in values else ""
+
+    def line(self, values: Mapping[str, float], minutes_left: float) -> str:
+        """See `RunLoop.line`."""
+        shown = [self.postfix(values)]
+        shown += [f"outside {values['ratio/outside']:.2f}"] if "ratio/outside" in values else []
+        return (
+            f"iteration {self.state.progress.agent_steps:>6,}  {'  '.join(shown)}  "
+            f"{values['time/images_per_second']:6.1f} images/s  {minutes_left:5.1f} min left"
+        )
+
+    def evaluation_line(self, values: Mapping[str, float]) -> str:
+        """See `RunLoop.evaluation_line`."""
+        return "  ".join(f"{name.removeprefix('eval/')} {v:.3g}" for name, v in values.items())
+
+
+@contextmanager
+def named_memory_errors() -> Iterator[None]:
+    """Say which settings to lower where memory does not suffice.
+
+    Raises:
+        UserError: instead of the error of an allocation that failed.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            "out of memory: lower --batch-size (images in a pass) first, then --group, --prompts or --denoising-steps; "
+            "--checkpoint-activations helps reward gradients"
+        ) from error

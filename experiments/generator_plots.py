@@ -1,0 +1,117 @@
+"""Pictures of a generator's fine-tuning: grids of samples, and one plot of everything that the monitor measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from agents.core.errors import full_disk_named
+from agents.generative_models.monitor import Measurement, on_frontier
+
+GAP = 2
+"""Pixels between two samples."""
+SCALE = 2
+"""Pixels of a sample's side for each of its own: drawings of 32 pixels are small."""
+
+
+def sample_grid(images: Tensor, columns: int) -> np.ndarray:
+    """Return images as one picture, row by row, uint8 [H, W, 3].
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1].
+        columns: of the grid; the images of one prompt, say.
+    """
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = pixels.repeat(SCALE, 1).repeat(SCALE, 2)
+    rows, (height, width) = math.ceil(len(pixels) / columns), pixels.shape[1:3]
+    grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for place, picture in enumerate(pixels):
+        top, left = place // columns * (height + GAP), place % columns * (width + GAP)
+        grid[top : top + height, left : left + width] = picture
+    return grid
+
+
+def save_picture(file: Path, picture: np.ndarray) -> None:
+    """Write a picture, uint8 [H, W, 3], as PNG; whole or not at all."""
+    with full_disk_named(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        Image.fromarray(picture).save(temporary, "PNG")
+        temporary.replace(file)
+
+
+def monitor_plot(
+    file: Path, history: Sequence[Measurement], tolerance: float, *, proxy: str, gold: str
+) -> None:
+    """Draw what the monitor measured: rewards, diversity, KL, and gold against KL with its frontier.
+
+    Args:
+        file: PNG.
+        history: at least one measurement.
+        tolerance: see `on_frontier`.
+        proxy: name of the reward that is optimized.
+        gold: name of the one that is not.
+    """
+    steps = [each.step for each in history]
+
+    def series(name: str) -> list[float]:
+        return [each.values[name] for each in history]
+
+    figure, ((rewards, diversity), (divergence, frontier)) = plt.subplots(
+        2, 2, figsize=(9, 6.5), layout="constrained"
+    )
+    error = [
+        float(np.std(each.gold_by_prompt)) / math.sqrt(len(each.gold_by_prompt)) for each in history
+    ]
+    rewards.plot(steps, series("proxy"), "k--", marker="o", label=f"proxy: {proxy} (optimized)")
+    rewards.errorbar(
+        steps, series("gold"), error, color="tab:orange", marker="s", capsize=2,
+        label=f"gold: {gold} (not optimized)",
+    )  # fmt: skip
+    rewards.set(title="Rewards on held-out prompts", xlabel="iteration", ylabel="mean reward")
+    for name, style in (("recall", "k-"), ("precision", "k:")):
+        diversity.plot(steps, series(name), style, marker=".", label=f"{name} against the base")
+    diversity.plot(
+        steps,
+        series("distance"),
+        "--",
+        color="tab:orange",
+        marker=".",
+        label="distance in a prompt",
+    )
+    diversity.set(
+        title="Diversity", xlabel="iteration", ylabel="share, or distance", ylim=(0, None)
+    )
+    divergence.plot(steps, series("kl"), "k-", marker=".")
+    divergence.set(
+        title="Distance from the base", xlabel="iteration", ylabel="KL (nats of a chain)"
+    )
+    kept = on_frontier(history, tolerance)
+    for wanted, marker, label in (
+        (True, "o", "on the frontier"),
+        (False, "x", "an earlier one is better"),
+    ):
+        chosen = [place for place, on in enumerate(kept) if on == wanted]
+        if chosen:
+            frontier.scatter(
+                [math.sqrt(series("kl")[place]) for place in chosen],
+                [series("gold")[place] for place in chosen],
+                marker=marker, color="black" if wanted else "tab:red", label=label,
+            )  # fmt: skip
+    frontier.set(title="Frontier", xlabel="square root of the KL (nats)", ylabel=f"gold: {gold}")
+    for axis in (rewards, diversity, frontier):
+        axis.legend(fontsize=8)
+    with full_disk_named(file.parent):
+        temporary = file.with_suffix(".tmp")
+        figure.savefig(temporary, format="png", dpi=110)
+        temporary.replace(file)
+    plt.close(figure)
