@@ -1,4 +1,4 @@
-"""Pictures of a generator's fine-tuning: grids of samples, and one plot of everything that the monitor measured."""
+"""One plot of everything that the monitor of a generator's fine-tuning measured."""
 
 from __future__ import annotations
 
@@ -11,42 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
 from agents.core.errors import full_disk_named
 from agents.generative_models.monitor import Measurement, on_frontier
-
-GAP = 2
-"""Pixels between two samples."""
-SCALE = 2
-"""Pixels of a sample's side for each of its own: drawings of 32 pixels are small."""
-
-
-def sample_grid(images: Tensor, columns: int) -> np.ndarray:
-    """Return images as one picture, row by row, uint8 [H, W, 3].
-
-    Args:
-        images: float [B, 3, H, W] in [0, 1].
-        columns: of the grid; the images of one prompt, say.
-    """
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    pixels = pixels.repeat(SCALE, 1).repeat(SCALE, 2)
-    rows, (height, width) = math.ceil(len(pixels) / columns), pixels.shape[1:3]
-    grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
-    for place, picture in enumerate(pixels):
-        top, left = place // columns * (height + GAP), place % columns * (width + GAP)
-        grid[top : top + height, left : left + width] = picture
-    return grid
-
-
-def save_picture(file: Path, picture: np.ndarray) -> None:
-    """Write a picture, uint8 [H, W, 3], as PNG; whole or not at all."""
-    with full_disk_named(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        Image.fromarray(picture).save(temporary, "PNG")
-        temporary.replace(file)
 
 
 def monitor_plot(

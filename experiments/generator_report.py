@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.generative_models.contact_sheet import contact_sheet, save_picture
 from agents.generative_models.credit import RewardFunction, checked_reward
 from agents.generative_models.monitor import Measurement, coverage, features, group_distance
-from experiments.generator_plots import monitor_plot, sample_grid, save_picture
+from experiments.generator_plots import monitor_plot
 from experiments.reporting.statistics import stratified_bootstrap
 from experiments.runs import write_json
 
@@ -83,7 +84,7 @@ def write_report(
     images: int,
     rewards: Mapping[str, RewardFunction],
     history: Sequence[Measurement] = (),
-    tolerance: float = 1.0,
+    tolerance: float = 2.0,
     names: tuple[str, str] = ("", ""),
     notes: Sequence[str] = (),
 ) -> Path:
@@ -110,8 +111,11 @@ def write_report(
         "recall": [None, float(coverage(first[0], first[1]))],
         "precision": [None, float(coverage(first[1], first[0]))],
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = [prompt for prompt in prompts[:SHOWN] for _ in range(images)]
     for name, some in (("before", before), ("after", after)):
-        save_picture(folder / f"{name}.png", sample_grid(some[: SHOWN * images], images))
+        sheet = contact_sheet(some[: len(asked)], asked, columns=images)
+        save_picture(folder / f"{name}.png", sheet)
     if history:
         monitor_plot(folder / "monitor.png", history, tolerance, proxy=names[0], gold=names[1])
     content: dict[str, Any] = {
@@ -158,7 +162,6 @@ def _page(
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", *notes, ""]
     lines += ["| before | after |", "| --- | --- |", "| ![](before.png) | ![](after.png) |", ""]
-    lines += [f"{place + 1}. {prompt}" for place, prompt in enumerate(prompts[:SHOWN])]
     lines += ["", "![](monitor.png)", ""] if has_monitor else [""]
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ prompts from the same noise, and measures
 - the **KL** of the model's chains to the base's, in nats of a whole chain, with one sampler for all methods.
 
 An evaluation is *on the frontier* if no earlier one had more gold at no larger KL (gold against KL: Gao et al. 2023,
-arXiv:2210.10760); more by the standard error of the difference, prompt by prompt. A run that has been off the
+arXiv:2210.10760); more by `tolerance` standard errors of the difference, prompt by prompt. A run that has been off the
 frontier for `patience` evaluations only pays: it stops, and its best checkpoint is the one of the most gold.
 
 Distances are of images averaged down to 8 x 8 pixels. That is crude, needs no downloaded network, and sees what
@@ -54,8 +54,8 @@ class MonitorSettings:
     """Chains whose KL to the base is measured."""
     patience: int = 4
     """Evaluations off the frontier after which the run stops; 0 never stops it."""
-    tolerance: float = 1.0
-    """Standard errors by which an earlier gold must be higher."""
+    tolerance: float = 2.0
+    """Standard errors by which an earlier gold must be higher: with 1, noise alone ends many runs."""
     most_kl: float = math.inf
     """KL, in nats of a chain, above which the run stops."""
     least_recall: float = 0.0

@@ -15,7 +15,7 @@ computed again on the way back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -200,6 +200,19 @@ class NoiseSearchSettings:
     """The reward's and the regularizer's gradient of each image is scaled down to this norm."""
 
 
+@dataclass(frozen=True)
+class BestOfNSettings:
+    """How many images are drawn for one."""
+
+    candidates: int = 8
+    """Images of each prompt, of which the best is shown."""
+
+    def __post_init__(self) -> None:
+        """Reject fewer than one."""
+        if self.candidates < 1:
+            raise UserError(f"candidates is {self.candidates}; give at least 1")
+
+
 def length_penalty(noise: Tensor) -> Tensor:
     """Return -log of the density of the length of standard normal noise, [B], up to a constant (chi distribution).
 
@@ -291,8 +304,3 @@ def best_of_n(
     value = reward(data).view(-1, count)
     rows = torch.arange(len(value), device=start.device)
     return data.view(-1, count, *data.shape[1:])[rows, value.argmax(1)]
-
-
-def repeated(values: Sequence[str], count: int) -> list[str]:
-    """Return each of `values` `count` times, one after the other."""
-    return [value for value in values for _ in range(count)]

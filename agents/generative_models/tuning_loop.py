@@ -14,7 +14,7 @@ import torch
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.logging import Logger
-from agents.core.run_loop import Hooks, LoopSettings, RunLoop
+from agents.core.run_loop import Hooks, LoopSettings, LoopState, RunLoop
 from agents.generative_models.generator import PART
 from agents.generative_models.monitor import Monitor
 from agents.generative_models.tuner import GeneratorTuner
@@ -29,7 +29,7 @@ class TuningSettings(LoopSettings):
     log_every: int = 1
     """Iterations between lines of metrics."""
     eval_every: int = 10
-    """Iterations between evaluations by the monitor, which measures the base first; 0 for none."""
+    """Iterations between evaluations by the monitor, which measures the base first and the end; 0 for none."""
     checkpoint_every: int = 10
     """Iterations between checkpoints (one is always saved at the end)."""
 
@@ -101,9 +101,13 @@ class TuningLoop(RunLoop):
         super().__init__(tuner, settings, logger=logger, checkpoints=checkpoints, hooks=hooks)
         self.prompts, self.monitor = prompts, monitor
         self.stopped: str | None = None
-        asked = hooks.stop
-        hooks.stop = lambda: asked() or self.stopped is not None
         self._images = 0
+
+    def run(self) -> LoopState:
+        """See `RunLoop.run`; it ends, too, when the monitor says so."""
+        asked = self.hooks.stop
+        self.hooks.stop = lambda: asked() or self.stopped is not None
+        return super().run()
 
     def start(self) -> None:
         """Measure the base."""
@@ -136,6 +140,12 @@ class TuningLoop(RunLoop):
         with named_memory_errors():
             super()._evaluate()
         self.stopped = self.monitor.why_stop()
+        if self.stopped:
+            self.hooks.line(f"the monitor stops the run: {self.stopped}")
+
+    def _due(self, every: int) -> bool:
+        """The end is evaluated and saved, too."""
+        return super()._due(every) or self.state.progress.agent_steps >= self.settings.steps
 
     def numbers(self, seconds: float, steps: int) -> dict[str, float]:
         """See `RunLoop.numbers`."""

@@ -1,0 +1,260 @@
+"""Fine-tune an image generator by rewards: policy gradients, preferences, gradients of the reward, or steering.
+
+    python -m experiments.finetune_generator --base runs/generators/unet-flow-seed0 --method flow-grpo --reward shapes
+    python -m experiments.finetune_generator --base RUN --method alignprop --reward brightness --gold shapes_strict
+    python -m experiments.finetune_generator --base RUN --method fk-steering --reward shapes
+    python -m experiments.finetune_generator --resume runs/generators/flow-grpo-shapes-seed0 --steps 200
+
+Methods are settings of one trainer; --help shows them for the method that --method names, and each can be given.
+Every evaluation draws the same held-out prompts from the same noise and measures the reward that is optimized, a gold
+one that is not, diversity and the KL to the base; the run ends when it only pays (see --patience). At the end a
+report compares base and the checkpoint of the most gold on held-out prompts: RUN/report/report.md. fk-steering, reno
+and best-of-n train nothing: their report compares images of the base with steered ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agents.core.errors import UserError
+from agents.core.imports import import_modules
+from agents.core.seeding import spawn_seeds
+from agents.core.settings import to_dict
+from agents.generative_models.methods import METHODS, find_method
+from agents.generative_models.monitor import MonitorSettings
+from agents.generative_models.tuning_config import TuningConfig
+from agents.generative_models.tuning_loop import TuningSettings
+from experiments.arguments import Parser, add_dataclass, fill, run_command
+from experiments.finetuning_session import FineTuningSession, choose_prompts
+from experiments.generator_runs import (
+    SCHEMA,
+    free_run_dir,
+    read_generator_config,
+    refuse_changes,
+    run_session,
+)
+from experiments.generator_steering import STEERING, steer
+from experiments.imports import add_import_flag
+from experiments.settings import check_device
+
+COMMAND = "experiments.finetune_generator"
+DEFAULT_METHOD, DEFAULT_REWARD = "flow-grpo", "shapes"
+RESUMABLE = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "patience")
+"""What --resume may change, beside device and threads."""
+PROMPT_COUNT, REPORT_PROMPTS = 512, 64
+OF_IMAGES = ("guidance", "batch_size")
+"""Settings of the trainer that steering has, too."""
+HIDDEN = ("eval_episodes", "exact_resume")
+"""Settings of loops that act."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Settings of the method, more images.
+    "gpu": {"prompts": 48, "group": 24, "batch_size": 128, "eval_prompts": 64, "learning_rate": 3e-5},
+    # One core: an iteration takes some seconds.
+    "cpu": {"steps": 60},
+    # Seconds, to see that everything works.
+    "debug": {
+        "denoising_steps": 3, "window": 0, "prompts": 2, "group": 3, "batch_size": 4, "steps": 2, "eval_every": 1,
+        "eval_prompts": 2, "eval_images": 2, "eval_steps": 2, "kl_images": 2, "checkpoint_every": 1,
+        "report_prompts": 2, "prompt_count": 4, "iterations": 2,
+    },
+}  # fmt: skip
+"""Values that replace the defaults of the fields they name; flags replace both."""
+
+
+def parser(method: str) -> Parser:
+    """Return the command's parser, with the flags and defaults of one method."""
+    p = Parser(prog=f"python -m {COMMAND}", description=__doc__)
+    known = {name: m.summary for name, m in METHODS.items()} | {
+        n: s for n, (s, _) in STEERING.items()
+    }
+    p.add_argument("--method", default=DEFAULT_METHOD, metavar="NAME",
+                   help="; ".join(f"{name}: {text}" for name, text in known.items()))  # fmt: skip
+    p.add_argument(
+        "--base",
+        type=Path,
+        metavar="RUN|FOLDER",
+        help="the generator, as pretrain_generator wrote it",
+    )
+    p.add_argument("--reward", default=DEFAULT_REWARD, metavar="NAME",
+                   help="what is optimized: names and sums such as compressibility:0.5+shapes, or module:function; see "
+                   f"agents.generative_models.rewards [{DEFAULT_REWARD}]")  # fmt: skip
+    p.add_argument("--gold", metavar="NAME", help="what is measured and not optimized [classifier for shapes, else "
+                   "drawings_strict]")  # fmt: skip
+    p.add_argument("--prompt-file", type=Path, metavar="FILE", help="training prompts, one in each line "
+                   "[combinations that the base was pretrained on]")  # fmt: skip
+    p.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="FILE",
+        help="prompts of evaluations [held-out combinations]",
+    )
+    p.add_argument("--prompt-count", type=int, default=argparse.SUPPRESS, metavar="N",
+                   help=f"training prompts that are drawn where no file is given [{PROMPT_COUNT}]")  # fmt: skip
+    p.add_argument("--report-prompts", type=int, default=argparse.SUPPRESS, metavar="N",
+                   help=f"held-out prompts of the report, where no file is given [{REPORT_PROMPTS}]")  # fmt: skip
+    add_import_flag(p)
+    p.add_argument("--preset", default="auto", metavar="|".join(["auto", *PRESETS]),
+                   help="values that fit a machine; auto is gpu on CUDA devices, else cpu [auto]")  # fmt: skip
+    p.add_argument("--seed", type=int, help="of everything; none draws one and says which")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads [torch's own number]")
+    p.add_argument("--run-dir", type=Path, metavar="DIR",
+                   help="where the run is kept [runs/generators/<method>-<reward>-seed<seed>]")  # fmt: skip
+    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
+    if method in STEERING:
+        add_dataclass(p, f"steering ({method})", STEERING[method][1])
+        add_dataclass(
+            p, "images", TuningConfig(), skip=[f for f in names(TuningConfig) if f not in OF_IMAGES]
+        )
+    else:
+        add_dataclass(p, f"method ({method})", find_method(method).config())
+        add_dataclass(p, "loop", TuningSettings(), skip=HIDDEN)
+    add_dataclass(p, "evaluations", MonitorSettings())
+    return p
+
+
+@run_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    first = Parser(add_help=False)
+    first.add_argument("--method", default=DEFAULT_METHOD)
+    first.add_argument("--resume", type=Path)
+    known, _ = first.parse_known_args(argv)
+    resumed = None if known.resume is None else read_generator_config(known.resume, COMMAND)
+    method = known.method if resumed is None else resumed["method"]
+    if method not in STEERING and method not in METHODS:
+        raise UserError.unknown("method", method, [*METHODS, *STEERING])
+    given = vars(parser(method).parse_args(argv))
+    if given["threads"] is not None and given["threads"] < 1:
+        raise UserError(f"--threads is {given['threads']}; give a positive number")
+    import_modules(given["imports"])
+    if resumed is None:
+        config = new_config(method, given)
+        run = given["run_dir"] or free_run_dir(run_name(config))
+    else:
+        run, config = given["resume"], resumed
+        resume_config(config, given, sys.argv[1:] if argv is None else list(argv))
+    if method in STEERING:
+        print(f"report: {steer(run, config).resolve()}")
+        return 0
+    sessions: list[FineTuningSession] = []
+
+    def open_session(resume: bool) -> FineTuningSession:
+        sessions.append(FineTuningSession(run, config, resume))
+        return sessions[-1]
+
+    run_session(run, config, open_session, resume=resumed is not None)
+    if sessions[-1].is_over:
+        print(f"report: {sessions[-1].report().resolve()}")
+    return 0
+
+
+def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json's content for parsed flags: everything resolved, nothing left to defaults."""
+    if given["base"] is None:
+        raise UserError(
+            "give --base, the generator; python -m experiments.pretrain_generator trains one"
+        )
+    device = check_device(given["device"])
+    preset = given["preset"]
+    if preset == "auto":
+        preset = "gpu" if device.startswith("cuda") else "cpu"
+    if preset not in PRESETS:
+        raise UserError.unknown("preset", preset, ["auto", *PRESETS])
+    seed, seeds = spawn_seeds(given["seed"])
+    # `prompts` is the number of an iteration; a method that compares nothing keeps its single images.
+    values = dict(PRESETS[preset])
+    own = METHODS[method].settings if method in METHODS else {}
+    if own.get("group") == 1:
+        values.pop("group", None)
+    tuning = fill(METHODS[method].config() if method in METHODS else TuningConfig(), values, given)
+    about = drawings_of(given["base"])
+    counts = {"prompt_count": PROMPT_COUNT, "report_prompts": REPORT_PROMPTS} | values | given
+    for name in ("prompt_count", "report_prompts"):
+        if counts[name] < 1:
+            raise UserError(f"{name} is {counts[name]}; give a positive number")
+    prompts, held_out = (
+        choose_prompts(about, file, count, held_out=is_held_out, seed=seeds["environment"])
+        for file, count, is_held_out in (
+            (given["prompt_file"], counts["prompt_count"], False),
+            (given["held_out"], counts["report_prompts"], True),
+        )
+    )
+    config: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": COMMAND,
+        "base": str(given["base"].resolve()),
+        "method": method,
+        "reward": given["reward"],
+        "gold": given["gold"] or default_gold(given["reward"]),
+        "tuning": to_dict(tuning),
+        "monitor": to_dict(fill(MonitorSettings(), values, given)),
+        "loop": to_dict(fill(TuningSettings(), values, given)),
+        "prompts": prompts,
+        "held_out": held_out,
+        "imports": given["imports"],
+        "seed": seed,
+        "seeds": seeds,
+        "device": device,
+        "threads": given["threads"],
+        "preset": given["preset"],
+    }
+    if method in STEERING:
+        config["steering"] = to_dict(fill(STEERING[method][1], values, given))
+    return config
+
+
+def resume_config(config: dict[str, Any], given: dict[str, Any], argv: Sequence[str]) -> None:
+    """Put into a run's config what --resume may change.
+
+    Raises:
+        UserError: a flag is given that would make it another run, or there is nothing to resume.
+    """
+    if config["method"] in STEERING:
+        raise UserError(f"{config['method']} trains nothing that could go on; start it anew")
+    refuse_changes(argv, [*RESUMABLE, "device", "threads", "import"])
+    if given["device"] != "auto":
+        config["device"] = given["device"]
+    config["device"] = check_device(config["device"])
+    config["threads"] = given["threads"] or config["threads"]
+    for part, cls in (("loop", TuningSettings), ("monitor", MonitorSettings)):
+        own = names(cls)
+        config[part] |= {name: given[name] for name in RESUMABLE if name in given and name in own}
+
+
+def drawings_of(base: Path) -> dict[str, Any] | None:
+    """Return the settings of the drawings that a base was pretrained on; None where its folder says nothing."""
+    if not base.exists():
+        raise UserError(
+            f"there is no generator in '{base}'; give --base a run of python -m experiments.pretrain_generator"
+        )
+    file = base / "config.json"
+    return json.loads(file.read_text()).get("drawings") if file.is_file() else None
+
+
+def default_gold(reward: str) -> str:
+    """Return what is measured beside a reward: a learned judge beside ShapesEval, and that beside all others."""
+    return "classifier" if "shapes" in reward else "drawings_strict"
+
+
+def run_name(config: dict[str, Any]) -> str:
+    """Return a folder's name for a run."""
+    reward = re.sub(r"[^\w.-]+", "-", config["reward"]).strip("-")
+    return f"{config['method']}-{reward}-seed{config['seed']}"
+
+
+def names(cls: type) -> list[str]:
+    """Return the fields of a dataclass."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

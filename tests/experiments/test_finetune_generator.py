@@ -1,0 +1,171 @@
+"""experiments.finetune_generator from base to report, its resume, steering, and the mistakes that it names."""
+
+import json
+
+import pytest
+import torch
+
+from agents.core.checkpoints import CheckpointStore
+from agents.core.settings import to_dict
+from agents.generative_models.drawings import DrawingSettings
+from agents.generative_models.generator import (
+    GeneratorConfig,
+    ImageGenerator,
+    load_generator,
+    save_generator,
+)
+from agents.generative_models.methods import METHODS
+from experiments.finetune_generator import main
+from experiments.generator_session import vocabulary_of
+
+DRAWINGS = DrawingSettings(size=16, kinds=("single",), pictures=8)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A generator of random weights, its last layer included, and what its prompts are."""
+    folder = tmp_path_factory.mktemp("base")
+    config = GeneratorConfig(
+        size=16, width=16, depth=1, heads=2, text_features=16, text_blocks=1, levels=1
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = ImageGenerator(config, vocabulary_of(DRAWINGS))
+        for parameter in generator.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_generator(folder, generator)
+    (folder / "config.json").write_text(json.dumps({"drawings": to_dict(DRAWINGS)}))
+    return folder
+
+
+def words(base, run, *more):
+    return [
+        "--base", str(base), "--run-dir", str(run), "--preset", "debug", "--seed", "1", "--threads", "1",
+        "--device", "cpu", "--gold", "brightness", "--reward", "symmetry", *map(str, more),
+    ]  # fmt: skip
+
+
+def test_from_base_to_report(base, tmp_path):
+    run = tmp_path / "run"
+    assert main(words(base, run, "--learning-rate", "0.01", "--patience", "0")) == 0
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert [row["name"] for row in report["rewards"]] == [
+        "symmetry (optimized)", "brightness (not optimized)", "drawings_strict",
+    ]  # fmt: skip
+    for row in report["rewards"]:
+        (before, low, high), (after, *_), (gain, *_) = row["before"], row["after"], row["gain"]
+        assert low <= before <= high
+        assert after - before == pytest.approx(gain, abs=1e-6)
+    assert [each["step"] for each in report["history"]] == [0, 1, 2]
+    assert report["history"][0]["values"]["kl"] == 0
+    assert report["history"][-1]["values"]["kl"] > 0
+    for name in ("report.md", "before.png", "after.png", "monitor.png"):
+        assert (run / "report" / name).stat().st_size > 200
+    assert [file.name for file in sorted((run / "samples").iterdir())] == [
+        f"step-{step:06d}.png" for step in range(3)
+    ]
+    tags = (run / "metrics.csv").read_text()
+    for tag in ("eval/gold", "eval/recall", "ratio/first_deviation", "budget/reward_calls"):
+        assert tag in tags
+    again = load_generator(run)
+    saved = CheckpointStore(run).load()["agent"]["networks"]["model"]
+    assert all(torch.equal(value, saved[key]) for key, value in again.state_dict().items())
+
+
+def test_a_resumed_run_is_the_one_that_was_not_stopped(base, tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    common = ("--learning-rate", "0.01", "--patience", "0")
+    assert main(words(base, whole, "--steps", 4, *common)) == 0
+    assert main(words(base, half, *common)) == 0
+    assert main(["--resume", str(half), "--steps", "4"]) == 0
+    first, second = (CheckpointStore(run).load() for run in (whole, half))
+    assert first["monitor"] == second["monitor"]
+    for key, value in first["agent"]["networks"]["model"].items():
+        assert torch.equal(value, second["agent"]["networks"]["model"][key])
+    reports = [
+        json.loads((run / "report" / "report.json").read_text())["rewards"] for run in (whole, half)
+    ]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        name if name in ("alignprop", "d3po") else pytest.param(name, marks=pytest.mark.slow)
+        for name in METHODS
+        if name != "flow-grpo"
+    ],
+)
+def test_every_method_runs(base, tmp_path, method):
+    assert main(words(base, tmp_path / "run", "--method", method, "--steps", 1)) == 0
+    assert (tmp_path / "run" / "report" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("method", ["fk-steering", "best-of-n", "reno"])
+def test_steering_is_reported_and_no_worse(base, tmp_path, method):
+    run = tmp_path / "run"
+    assert main(words(base, run, "--method", method)) == 0
+    rows = json.loads((run / "report" / "report.json").read_text())["rewards"]
+    assert rows[0]["name"] == "symmetry (optimized)"
+    assert rows[0]["gain"][0] > 0
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (("--method", "flow-gpro"), "did you mean flow-grpo"),
+        (("--reward", "brightnes"), "did you mean brightness"),
+        (("--gold", "nothing_of_ours"), "unknown reward"),
+        (("--method", "alignprop", "--reward", "shapes"), "has no gradient"),
+        (("--method", "reno", "--reward", "shapes"), "has no gradient"),
+        (("--cliip", "1"), "did you mean --clip"),
+        (("--group", "1"), "at least 2"),
+        (("--noise-level", "0"), "draw no noise"),
+        (("--threads", "0"), "--threads is 0"),
+        (("--preset", "debgu"), "debug"),
+        (("--prompt-count", "0"), "prompt_count is 0"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path, capsys, more, match):
+    run = tmp_path / "run"
+    code = main(words(base, run, *more))
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert match in said
+    assert not run.exists()
+
+
+def test_prompts_come_from_files(base, tmp_path, capsys):
+    empty, unknown, good = (tmp_path / name for name in ("empty.txt", "unknown.txt", "good.txt"))
+    empty.write_text("\n \n")
+    unknown.write_text("a red cirlce\n")
+    good.write_text("a red circle\n\na red circle\na blue square\n")
+    run = tmp_path / "run"
+    for file, match in (
+        (empty, "holds no prompts"),
+        (unknown, "circle"),
+        (tmp_path / "none", "cannot read"),
+    ):
+        assert main(words(base, run, "--prompt-file", file)) == 2
+        assert match in capsys.readouterr().err
+        assert not run.exists()
+    assert main(words(base, run, "--prompt-file", good, "--steps", 1)) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["prompts"] == ["a red circle", "a blue square"]
+    assert not set(config["prompts"]) & set(config["held_out"])
+
+
+def test_missing_bases_and_changed_runs_are_refused(base, tmp_path, capsys):
+    assert main(["--preset", "debug"]) == 2
+    assert "--base" in capsys.readouterr().err
+    assert main(words(tmp_path / "nowhere", tmp_path / "run")) == 2
+    assert "pretrain_generator" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "no run folder" in capsys.readouterr().err
+    run = tmp_path / "run"
+    assert main(words(base, run, "--steps", 1)) == 0
+    assert main(["--resume", str(run), "--clip", "0.1"]) == 2
+    assert "--clip cannot change" in capsys.readouterr().err
