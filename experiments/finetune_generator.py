@@ -32,7 +32,7 @@ from agents.generative_models.monitor import MonitorSettings
 from agents.generative_models.tuning_config import TuningConfig
 from agents.generative_models.tuning_loop import TuningSettings
 from experiments.arguments import Parser, add_dataclass, fill, run_command
-from experiments.finetuning_session import FineTuningSession, choose_prompts
+from experiments.finetuning_session import FineTuningSession, choose_prompts, split_held_out
 from experiments.generator_runs import (
     SCHEMA,
     free_run_dir,
@@ -181,13 +181,15 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
     for name in ("prompt_count", "report_prompts"):
         if counts[name] < 1:
             raise UserError(f"{name} is {counts[name]}; give a positive number")
-    prompts, held_out = (
+    monitor = fill(MonitorSettings(), values, given)
+    prompts, apart = (
         choose_prompts(about, file, count, held_out=is_held_out, seed=seeds["environment"])
         for file, count, is_held_out in (
             (given["prompt_file"], counts["prompt_count"], False),
-            (given["held_out"], counts["report_prompts"], True),
+            (given["held_out"], counts["report_prompts"] + monitor.eval_prompts, True),
         )
     )
+    monitored, held_out = split_held_out(apart, monitor.eval_prompts)
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "command": COMMAND,
@@ -196,9 +198,10 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
         "reward": given["reward"],
         "gold": given["gold"] or default_gold(given["reward"]),
         "tuning": to_dict(tuning),
-        "monitor": to_dict(fill(MonitorSettings(), values, given)),
+        "monitor": to_dict(monitor),
         "loop": to_dict(fill(TuningSettings(), values, given)),
         "prompts": prompts,
+        "monitored": monitored,
         "held_out": held_out,
         "imports": given["imports"],
         "seed": seed,

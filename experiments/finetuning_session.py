@@ -56,9 +56,9 @@ class FineTuningSession:
         self.rewards = rewards_of(config)
         seed_libraries(seeds["agent"])
         base = load_generator(config["base"])
-        check_prompts(base, [*config["prompts"], *config["held_out"]])
+        check_prompts(base, [*config["prompts"], *config["monitored"], *config["held_out"]])
         self.monitor = Monitor(
-            config["held_out"],
+            config["monitored"],
             self.rewards,
             from_dict(MonitorSettings, config["monitor"]),
             guidance=about.guidance,
@@ -188,7 +188,7 @@ def rewards_of(config: Mapping[str, Any]) -> dict[str, RewardFunction]:
         "gold": make_reward(config["gold"]),
     }
     with suppress(UserError):
-        for prompt in config["held_out"]:
+        for prompt in [*config["monitored"], *config["held_out"]]:
             parse_prompt(prompt)
         rewards["strict"] = make_reward(STRICT)
     return rewards
@@ -208,7 +208,7 @@ def named_rewards(
 def draw(
     model: ImageGenerator, prompts: list[str], count: int, config: Mapping[str, Any]
 ) -> Tensor:
-    """Return `count` images of each held-out prompt, from noise that neither training nor the monitor has seen."""
+    """Return `count` images of each of the report's prompts, from noise that neither training nor monitor has seen."""
     seed = int(np.random.SeedSequence((config["seeds"]["evaluation"], 1)).generate_state(1)[0])
     return model.generate(
         [prompt for prompt in prompts for _ in range(count)],
@@ -227,6 +227,19 @@ def check_prompts(base: ImageGenerator, prompts: list[str]) -> None:
         UserError: names the word, or says that a prompt is too long.
     """
     base.vocabulary.tokens(prompts)
+
+
+def split_held_out(prompts: list[str], monitored: int) -> tuple[list[str], list[str]]:
+    """Return prompts of the monitor and of the report, apart: the monitor chooses the checkpoint that is reported.
+
+    Args:
+        prompts: held out from training; fewer than four serve both.
+        monitored: prompts of the monitor, at most half of all.
+    """
+    if len(prompts) < 4:
+        return prompts, prompts
+    count = min(monitored, len(prompts) // 2)
+    return prompts[:count], prompts[count:]
 
 
 def choose_prompts(

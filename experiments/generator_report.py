@@ -87,6 +87,7 @@ def write_report(
     tolerance: float = 2.0,
     names: tuple[str, str] = ("", ""),
     notes: Sequence[str] = (),
+    same_noise: bool = True,
 ) -> Path:
     """Write report.md, report.json, the grids and the monitor's plot into a run's folder, and return the page.
 
@@ -94,7 +95,7 @@ def write_report(
         run: its folder.
         title: of the page.
         before: the base's images on held-out prompts, [P * images, 3, H, W].
-        after: the tuned generator's, from the same noise.
+        after: the tuned generator's.
         prompts: P of them.
         images: of each.
         rewards: by name.
@@ -102,6 +103,7 @@ def write_report(
         tolerance: the monitor's.
         names: of proxy and gold.
         notes: further lines.
+        same_noise: whether both began with it.
     """
     folder = run / FOLDER
     rows = compare(before, after, prompts, rewards, images)
@@ -129,16 +131,17 @@ def write_report(
     }
     write_json(folder / "report.json", content)
     page = folder / "report.md"
-    page.write_text(_page(title, rows, diversity, prompts, images, bool(history), notes))
+    of_what = f"{len(prompts)} held-out prompts, {images} images of each"
+    of_what += ", the same noise before and after" if same_noise else ""
+    page.write_text(_page(title, of_what, rows, diversity, bool(history), notes))
     return page
 
 
 def _page(
     title: str,
+    of_what: str,
     rows: Sequence[Row],
     diversity: Mapping[str, Sequence[float | None]],
-    prompts: Sequence[str],
-    images: int,
     has_monitor: bool,
     notes: Sequence[str],
 ) -> str:
@@ -146,8 +149,8 @@ def _page(
     lines = [
         f"# {title}",
         "",
-        f"{len(prompts)} held-out prompts, {images} images of each, the same noise before and after. Intervals are "
-        "95 % percentile bootstrap intervals over prompts; the gain's is of the difference of each prompt.",
+        f"{of_what}. Intervals are 95 % percentile bootstrap intervals over prompts; the gain's is of the difference "
+        "of each prompt.",
         "",
         "| reward | before | after | gain | |",
         "| --- | --- | --- | --- | --- |",

@@ -69,6 +69,7 @@ def steer(run: Path, config: dict[str, Any]) -> Path:
                 prompts=config["held_out"],
                 images=count,
                 rewards=named_rewards(config, rewards),
+                same_noise=False,
             )
         except BaseException:
             abandon_run(run, is_new=is_new)

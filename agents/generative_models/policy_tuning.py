@@ -220,16 +220,19 @@ class PolicyTuner(GeneratorTuner):
 
     @torch.no_grad()
     def _against_values(self, sampler: Sampler, passes: Sequence[Pass]) -> list[Pass]:
-        """Return passes whose advantages are rewards minus values, divided by the spread of all of these."""
+        """Return passes whose advantages are rewards minus values, brought to mean 0 and spread 1 over all of these."""
         errors = [
             {i: own - self._expected(sampler, each.batch, i) for i, own in each.advantage.items()}
             for each in passes
         ]
         everything = torch.cat([error for own in errors for error in own.values()])
-        spread, limit = everything.std(correction=0) + 1e-6, self.config.advantage_limit
+        mean, spread = everything.mean(), everything.std(correction=0) + 1e-6
+        limit = self.config.advantage_limit
         return [
             each._replace(
-                advantage={i: (error / spread).clamp(-limit, limit) for i, error in own.items()}
+                advantage={
+                    i: ((error - mean) / spread).clamp(-limit, limit) for i, error in own.items()
+                }
             )
             for each, own in zip(passes, errors, strict=True)
         ]

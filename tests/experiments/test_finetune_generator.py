@@ -16,6 +16,7 @@ from agents.generative_models.generator import (
 )
 from agents.generative_models.methods import METHODS
 from experiments.finetune_generator import main
+from experiments.finetuning_session import split_held_out
 from experiments.generator_session import vocabulary_of
 
 DRAWINGS = DrawingSettings(size=16, kinds=("single",), pictures=8)
@@ -155,7 +156,16 @@ def test_prompts_come_from_files(base, tmp_path, capsys):
     assert main(words(base, run, "--prompt-file", good, "--steps", 1)) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["prompts"] == ["a red circle", "a blue square"]
-    assert not set(config["prompts"]) & set(config["held_out"])
+    everything = config["prompts"] + config["monitored"] + config["held_out"]
+    assert len(everything) == len(set(everything)) == 6
+
+
+def test_the_monitor_s_prompts_are_not_the_report_s():
+    """The monitor chooses the checkpoint: reported on its own prompts, it would flatter."""
+    prompts = [f"prompt {number}" for number in range(20)]
+    assert split_held_out(prompts, 6) == (prompts[:6], prompts[6:])
+    assert split_held_out(prompts, 16) == (prompts[:10], prompts[10:])
+    assert split_held_out(prompts[:3], 2) == (prompts[:3], prompts[:3])
 
 
 def test_missing_bases_and_changed_runs_are_refused(base, tmp_path, capsys):
