@@ -165,15 +165,11 @@ class FineTuningSession:
         )
 
     def best(self) -> ImageGenerator:
-        """Return the model at the evaluation of the most gold; the newest where nothing was evaluated."""
+        """Return the model at the evaluation of the most gold."""
+        parts = self.checkpoints.load("best")
         model = load_generator(self.config["base"]).to(self.tuner.device)
-        self._best_step = self.loop.state.progress.agent_steps
-        if (self.checkpoints.folder / "best").is_dir():
-            parts = self.checkpoints.load("best")
-            model.load_state_dict(parts["agent"]["networks"]["model"])
-            self._best_step = parts["progress"]["agent_steps"]
-        else:
-            model.load_state_dict(self.tuner.model.state_dict())
+        model.load_state_dict(parts["agent"]["networks"]["model"])
+        self._best_step = parts["progress"]["agent_steps"]
         return model.eval()
 
     def close(self) -> None:

@@ -29,9 +29,15 @@ class TuningSettings(LoopSettings):
     log_every: int = 1
     """Iterations between lines of metrics."""
     eval_every: int = 10
-    """Iterations between evaluations by the monitor, which measures the base first and the end; 0 for none."""
+    """Iterations between evaluations by the monitor, which is always on; it measures the base and the end, too."""
     checkpoint_every: int = 10
     """Iterations between checkpoints (one is always saved at the end)."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can have; a run without its monitor among them."""
+        super().__post_init__()
+        if self.eval_every < 1:
+            raise UserError(f"eval_every is {self.eval_every}; give a positive number")
 
 
 class PromptStream:
@@ -112,8 +118,7 @@ class TuningLoop(RunLoop):
     def start(self) -> None:
         """Measure the base."""
         self._log_mark = (time.perf_counter(), 0, 0.0)
-        if self.settings.eval_every:
-            self._evaluate()
+        self._evaluate()
 
     def own_parts(self, *, environments: bool) -> dict[str, Any]:
         """See `RunLoop.own_parts`; the generator is a part of its own, as `load_generator` finds it."""

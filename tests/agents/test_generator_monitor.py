@@ -11,7 +11,6 @@ from agents.core.errors import DivergedError, UserError
 from agents.core.logging import Logger
 from agents.core.run_loop import Hooks
 from agents.core.step_rules import Posterior
-from agents.generative_models import monitor as monitoring
 from agents.generative_models.generator import load_generator
 from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import (
@@ -291,4 +290,5 @@ def test_settings_that_measure_nothing_are_refused():
             MonitorSettings(**bad)
     with pytest.raises(UserError, match="held-out"):
         Monitor([], {}, SETTINGS, guidance=1.0, seed=0)
-    assert monitoring.NEIGHBORS == 3
+    with pytest.raises(UserError, match="eval_every is 0"):
+        TuningSettings(eval_every=0)

@@ -44,7 +44,7 @@ def test_it_learns_its_reward(name):
     assert redness_after(name) > LEARNED
 
 
-@pytest.mark.parametrize("name", ["flow-grpo", "ddpo", "diffusion-dpo"])
+@pytest.mark.parametrize("name", ["flow-grpo", "dance-grpo", "ddpo", "diffusion-dpo"])
 def test_it_learns_on_a_diffusion(name):
     assert redness_after(name, path="cosine") > LEARNED
 
