@@ -53,7 +53,7 @@ class SelectionTuner(GeneratorTuner):
         drawn = _Drawn(batches, self.score_batches(batches))
         chosen = self.select(drawn)
         metrics = reward_metrics(drawn.reward) | {
-            "reward/selected": torch.tensor(float(chosen.shape[-1]))
+            "reward/selected": torch.tensor(float(chosen.shape[-1]), device=self.device)
         }
         if not chosen.numel():
             return metrics
@@ -74,10 +74,8 @@ class SelectionTuner(GeneratorTuner):
 
     def _backward(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> Metrics:
         """Add up gradients, `batch_size` images in a pass."""
-        count, most = (
-            places.shape[-1],
-            max(1, self.config.batch_size * places.shape[-1] // places.numel()),
-        )
+        count = places.shape[-1]
+        most = max(1, self.config.batch_size * count // places.numel())
         metrics = []
         for part in places.split(most, -1):
             loss, said = self.loss(sampler, drawn, part)
