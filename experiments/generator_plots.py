@@ -39,12 +39,22 @@ def monitor_plot(
     error = [
         float(np.std(each.gold_by_prompt)) / math.sqrt(len(each.gold_by_prompt)) for each in history
     ]
-    rewards.plot(steps, series("proxy"), "k--", marker="o", label=f"proxy: {proxy} (optimized)")
-    rewards.errorbar(
-        steps, series("gold"), error, color="tab:orange", marker="s", capsize=2,
-        label=f"gold: {gold} (not optimized)",
-    )  # fmt: skip
-    rewards.set(title="Rewards on held-out prompts", xlabel="iteration", ylabel="mean reward")
+    lines = rewards.plot(steps, series("proxy"), "k--", marker="o", label="optimized")
+    other = rewards.twinx()  # rewards have scales of their own
+    lines += [
+        other.errorbar(
+            steps,
+            series("gold"),
+            error,
+            color="tab:orange",
+            marker="s",
+            capsize=2,
+            label="not optimized",
+        )
+    ]
+    rewards.set(title="Rewards on held-out prompts", xlabel="iteration", ylabel=f"proxy: {proxy}")
+    other.set_ylabel(f"gold: {gold} (1 standard error)", color="tab:orange")
+    rewards.legend(handles=lines, fontsize=8)
     for name, style in (("recall", "k-"), ("precision", "k:")):
         diversity.plot(steps, series(name), style, marker=".", label=f"{name} against the base")
     diversity.plot(
@@ -75,7 +85,7 @@ def monitor_plot(
                 marker=marker, color="black" if wanted else "tab:red", label=label,
             )  # fmt: skip
     frontier.set(title="Frontier", xlabel="square root of the KL (nats)", ylabel=f"gold: {gold}")
-    for axis in (rewards, diversity, frontier):
+    for axis in (diversity, frontier):
         axis.legend(fontsize=8)
     with full_disk_named(file.parent):
         temporary = file.with_suffix(".tmp")
