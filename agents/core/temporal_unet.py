@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from agents.core.denoisers import TimeEmbedding
 from agents.core.errors import UserError
+from agents.core.packed_convolutions import Convolution, Doubling
 
 
 class _ConvolutionBlock(nn.Sequential):
@@ -26,7 +27,7 @@ class _ConvolutionBlock(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, groups: int) -> None:
         super().__init__(
-            nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2),
+            Convolution(inputs, outputs, kernel, padding=kernel // 2),
             nn.GroupNorm(math.gcd(groups, outputs), outputs),
             nn.Mish(),
         )
@@ -45,7 +46,7 @@ class _FiLMBlock(nn.Module):
         self.modulation = nn.Sequential(
             nn.Mish(), nn.Linear(condition, outputs * (2 if scale else 1))
         )
-        self.residual = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.residual = Convolution(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map features [B, inputs, H] under a condition [B, condition] to [B, outputs, H]."""
@@ -101,13 +102,11 @@ class UNetDenoiser(nn.Module):
             for inputs, outputs in pairwise([action, *widths])
         )
         self.shrink = nn.ModuleList(
-            nn.Conv1d(width, width, 3, stride=2, padding=1) for width in widths[:-1]
+            Convolution(width, width, 3, stride=2, padding=1) for width in widths[:-1]
         )
         self.middle = nn.ModuleList(block(widths[-1], widths[-1]) for _ in range(2))
         ways_up = [(low, high) for high, low in pairwise(widths)][::-1]
-        self.grow = nn.ModuleList(
-            nn.ConvTranspose1d(low, high, 4, stride=2, padding=1) for low, high in ways_up
-        )
+        self.grow = nn.ModuleList(Doubling(low, high) for low, high in ways_up)
         self.up = nn.ModuleList(
             nn.ModuleList([block(2 * high, high), block(high, high)]) for _, high in ways_up
         )

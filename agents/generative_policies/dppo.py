@@ -33,6 +33,7 @@ from agents.core.chain_steps import Limits, reduce_log_prob, standard_normal
 from agents.core.errors import UserError
 from agents.core.fields import Field
 from agents.core.noise_paths import Point
+from agents.core.packed_convolutions import packed
 from agents.core.policy_gradient import ppo_clip
 from agents.core.sampling import Chain, Sampler
 from agents.core.step_rules import Posterior
@@ -174,7 +175,8 @@ class DPPO(FineTuner):
         halves = (self.base, range(self.first)), (self.policy, range(self.first, sampler.steps))
         for policy, steps in halves:
             condition = policy.condition(observation)
-            x = sampler.sample(policy.denoise, x, condition, self.acting, steps=steps)
+            with packed():
+                x = sampler.sample(policy.denoise, x, condition, self.acting, steps=steps)
         return self.policy.colored(x)
 
     def policy_loss(

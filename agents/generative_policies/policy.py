@@ -23,6 +23,7 @@ from agents.core.chain_steps import Fixed, Generators, Limits, standard_normal
 from agents.core.demonstrations import Demonstrations
 from agents.core.denoising import corrupt, draw_times, squared_error
 from agents.core.errors import UserError
+from agents.core.packed_convolutions import packed
 from agents.core.sampling import Chain, Denoiser, Sampler
 from agents.core.step_rules import Posterior, StepRule
 from agents.generative_policies.conditions import ConditionEncoder
@@ -217,18 +218,19 @@ class DenoisingPolicy(nn.Module):
         if previous is not None:
             levels = [point.t for point in sampler.points[1:]]
             until = sum(t >= self.config.inpaint_until for t in levels)
-        if until:
-            assert previous is not None
-            fixed = self._fixed(previous, x)
-            x = sampler.sample(
-                self.denoise, x, condition, generator,
-                steps=range(until), fixed=fixed, noise_network=noise_network,
-            )  # fmt: skip
-        if until < sampler.steps:
-            x = sampler.sample(
-                self.denoise, x, condition, generator,
-                steps=range(until, sampler.steps), noise_network=noise_network,
-            )  # fmt: skip
+        with packed():
+            if until:
+                assert previous is not None
+                fixed = self._fixed(previous, x)
+                x = sampler.sample(
+                    self.denoise, x, condition, generator,
+                    steps=range(until), fixed=fixed, noise_network=noise_network,
+                )  # fmt: skip
+            if until < sampler.steps:
+                x = sampler.sample(
+                    self.denoise, x, condition, generator,
+                    steps=range(until, sampler.steps), noise_network=noise_network,
+                )  # fmt: skip
         return self._done(x)
 
     def likely(self, observation: Observation) -> Tensor:
