@@ -20,6 +20,7 @@ from experiments.reporting.blocks import (
     count,
     slug,
 )
+from experiments.reporting.fine_tuning import fine_tuning_table
 from experiments.reporting.published import Comparison, published_tables
 from experiments.reporting.runs import Run
 from experiments.reporting.scores import Summary, efficiency_tag
@@ -216,6 +217,10 @@ def _task(contents: Contents, env_id: str) -> Iterable[Block]:
         "random policy." + OPEN_MARKERS * comparable,
         "No run was evaluated.",
     )
+    tuned = fine_tuning_table(summary, env_id)
+    if tuned:
+        yield Heading("Fine-tuning", 3)
+        yield tuned
     yield from published_tables(summary, env_id, contents.comparisons[env_id])
     yield Heading("Where the agent looks", 3)
     looks = looks_table(summary, env_id)

@@ -61,6 +61,8 @@ class Result:
     """Share of successful episodes in [0, 1], where the simulator knows success."""
     saliency: Mapping[str, float] = field(default_factory=dict)
     """Where the agent looks, mean over episodes in [0, 1]: `SALIENCY`; empty if not measured."""
+    successes: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """float64 [episodes], what `success` is the mean of; empty without."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,7 @@ def _merge(run: Run, path: Path, content: dict[str, Any]) -> None:
             returns,
             float(success.mean()) if len(success) else None,
             _read_saliency(run, name, result.get("saliency")) if is_scored_alike else {},
+            success,
         )
         media = path.with_suffix("")
         for video in (media / f"{name}{suffix}" for suffix in VIDEO_SUFFIXES):
