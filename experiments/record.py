@@ -11,7 +11,7 @@ alone. Colors and videos come from the test split. Films are the episodes that t
 ones are further episodes of the same kind.
 
 Of a data set the pictures that it holds are shown, episode by episode, with a plot of actions, rewards and return
-beside each film; one of states alone has plots only.
+beside each film; one of states alone has plots only. index.html shows all of them on one page.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from agents.core.pictures import panels
 from agents.policy import read_config
 from experiments.arguments import Parser, run_command
 from experiments.captions import Caption
+from experiments.dataset_page import PAGE, Shown, first_solved, strip, write_page
 from experiments.datasets import Dataset, Episode, root_folder
 from experiments.evaluate import DISTRACTIONS
 from experiments.imports import add_import_flag, import_for_run
@@ -142,6 +143,9 @@ def show_dataset(given: Namespace) -> None:
     out = given.out or Path("films") / given.dataset.replace("/", "-")
     # Numbers as Minari's, by which messages about data name episodes too.
     films = film_files(out, ["episode"], count, overwrite=given.overwrite, first=0)
+    page, shown = out / PAGE, []
+    if page.exists() and not given.overwrite:
+        raise UserError(f"'{page}' exists; use --overwrite, or another --out")
     with closing(envs.make(**settings)) as env:
         fps = given.fps or speed(env)
     for number in range(count):
@@ -152,13 +156,22 @@ def show_dataset(given: Namespace) -> None:
             plot, np.asarray(episode.actions), episode.rewards, success=episode.infos.get("success"), title=title
         )  # fmt: skip
         written = [plot]
-        if settings["observation"] != "state":
+        has_pictures = settings["observation"] != "state"
+        if has_pictures:
             write_film(file, dataset_moments(episode), f"episode {number}", fps, given.scale)
             written.insert(0, file)
-        total = float(np.sum(episode.rewards))
+        total, success = float(np.sum(episode.rewards)), episode.infos.get("success")
+        shown.append(
+            Shown(
+                number, episode.seed, len(episode.rewards), total, first_solved(success), success is not None,
+                strip(_pictures(episode)) if has_pictures else None, file.name if has_pictures else None, plot.name,
+            )
+        )  # fmt: skip
         print(
             f"{title}: {len(episode.rewards)} agent steps, return {total:.1f}, {', '.join(map(str, written))}"
         )
+    write_page(page, given.dataset, dataset.about, len(dataset), shown)
+    print(f"all on one page: {page.resolve()}")
     if settings["observation"] == "state":
         print(
             f"there are no pictures in it: collect NEW-v0 --rerender {given.dataset} --observation pixels draws them"
@@ -167,14 +180,18 @@ def show_dataset(given: Namespace) -> None:
 
 def dataset_moments(episode: Episode) -> Iterator[Moment]:
     """Yield what a data set's episode shows, from the reset to the last observation."""
-    seen: Any = episode.observations
-    pixels = seen["pixels"] if isinstance(seen, Mapping) else seen
     rewards = [0.0, *map(float, episode.rewards)]
     solved = np.maximum.accumulate(episode.infos.get("success", np.zeros(len(rewards))))
     totals = np.cumsum(rewards)
-    for step, picture in enumerate(pixels):
+    for step, picture in enumerate(_pictures(episode)):
         frame = np.ascontiguousarray(picture[-3:].transpose(1, 2, 0))
         yield Moment(frame, None, step, rewards[step], float(totals[step]), bool(solved[step]))
+
+
+def _pictures(episode: Episode) -> np.ndarray:
+    """Return what a data set's episode shows, uint8 [T + 1, 3 * k, H, W]."""
+    seen: Any = episode.observations
+    return np.asarray(seen["pixels"] if isinstance(seen, Mapping) else seen)
 
 
 def film_files(

@@ -461,7 +461,11 @@ def test_a_dataset_is_shown_as_films_and_plots(
     words += ["--fps", "5", "--out", str(tmp_path / "films")]
     assert record.main(words) == 0
     names = sorted(file.name for file in (tmp_path / "films").iterdir())
-    assert names == [f"episode-{i}.{kind}" for i in (0, 1, 2) for kind in ("mp4", "png")]
+    films = [f"episode-{i}.{kind}" for i in (0, 1, 2) for kind in ("mp4", "png")]
+    assert names == [*films, "index.html"]
+    page = (tmp_path / "films" / "index.html").read_text()
+    assert all(f'src="{name}"' in page for name in films)
+    assert "3 of 3 shown" in page
     lines = capsys.readouterr().out.splitlines()
     episode = Dataset(made, "reach/video-v0")[1]
     assert lines[1].startswith(
@@ -493,5 +497,6 @@ def test_a_dataset_of_states_has_plots_only(
     assert collect.main(["reach/states-v0", *words]) == 0
     flags = ["--dataset", "reach/states-v0", "--root", str(root), "--out", str(tmp_path / "films")]
     assert record.main(flags) == 0
-    assert [file.name for file in (tmp_path / "films").iterdir()] == ["episode-0.png"]
+    names = sorted(file.name for file in (tmp_path / "films").iterdir())
+    assert names == ["episode-0.png", "index.html"]
     assert "--rerender reach/states-v0 --observation pixels" in capsys.readouterr().out
