@@ -2,6 +2,7 @@
 
     python -m experiments.speed
     python -m experiments.speed rendering replay --seconds 10 --out speed.md
+    python -m experiments.speed acting --peer-python lerobot/bin/python
 
 Markdown, in one run of about four minutes on two idle cores. What a row compares takes turns, one at a time, and the
 medians count, so that ratios hold on a busy machine too; a time alone says as much about the machine.
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from agents.core.errors import UserError
 from envs.rendering import resolve_quality
@@ -21,7 +23,7 @@ from experiments.measuring.timing import Table
 from experiments.runs import command_line, describe_system
 from experiments.settings import check_device
 
-PARTS = ("rendering", "environments", "replay", "updates", "training", "sb3", "on-policy")
+PARTS = ("rendering", "environments", "replay", "updates", "training", "sb3", "on-policy", "acting")
 
 
 def parser() -> Parser:
@@ -29,7 +31,9 @@ def parser() -> Parser:
     p = Parser(prog="python -m experiments.speed", description=__doc__)
     p.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="what to measure [all of it]")
     p.add_argument("--seconds", type=float, default=4.0, help="time for each comparison, about [4]")
-    p.add_argument("--device", default="cpu", help="of the updates: cpu, cuda or auto [cpu]")
+    p.add_argument("--device", default="cpu", help="of updates and acting: cpu, cuda or auto [cpu]")
+    p.add_argument("--peer-python", type=Path, metavar="PATH",
+                   help="a Python that has LeRobot, to act beside ours [LeRobot is left out]")  # fmt: skip
     add_out_flags(p, "the tables")
     return p
 
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_out(arguments.out, overwrite=arguments.overwrite)
     sections = [_header()]
     print(sections[0])
-    for name, measure in _measures(arguments.parts or PARTS, device):
+    for name, measure in _measures(arguments.parts or PARTS, device, arguments.peer_python):
         start = time.perf_counter()
         tables = measure(arguments.seconds)
         print(
@@ -62,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measures(
-    parts: Sequence[str], device: str
+    parts: Sequence[str], device: str, peer_python: Path | None
 ) -> list[tuple[str, Callable[[float], list[Table]]]]:
     """Return what measures each part, in order."""
     if {"rendering", "environments", "training", "sb3", "on-policy"} & set(parts):
         resolve_quality("fast")  # before any of them imports a simulator
-    from experiments.measuring import agents, environments, on_policy, training
+    from experiments.measuring import acting, agents, environments, on_policy, training
 
     measures: dict[str, list[tuple[str, Callable[[float], list[Table]]]]] = {
         "rendering": [
@@ -80,6 +84,7 @@ def _measures(
         "training": [("training", partial(training.training, device=device))],
         "sb3": [("Stable-Baselines3", agents.peer)],
         "on-policy": [("on-policy training", on_policy.on_policy)],
+        "acting": [("acting", partial(acting.acting, device=device, peer_python=peer_python))],
     }
     return [measure for part in PARTS if part in parts for measure in measures[part]]
 

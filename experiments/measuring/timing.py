@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 Cell = str | float
@@ -80,15 +81,25 @@ class Elsewhere:
         module: run as `python -m module *arguments`; it must call `serve`.
         arguments: of its command line.
         without: environment variables of this process that it shall not have.
+        python: which Python; None for this one.
+        environment: its variables instead of this process's, with this one's packages.
 
     Attributes:
         calls: what it serves, by name, for `interleave`.
     """
 
-    def __init__(self, module: str, *arguments: str, without: Sequence[str] = ()) -> None:
-        environment = {name: value for name, value in os.environ.items() if name not in without}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        self._command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        without: Sequence[str] = (),
+        python: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        if environment is None:
+            own = {name: value for name, value in os.environ.items() if name not in without}
+            environment = own | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._command = [str(python or sys.executable), "-W", "ignore", "-m", module, *arguments]
         self._process = subprocess.Popen(
             self._command,
             env=environment,
