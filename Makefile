@@ -15,10 +15,11 @@ GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri libosmesa6
 PACKAGES := python3 python3-venv $(GL_PACKAGES)
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
-.PHONY: help setup torch gl packages demo generator-demo test test-all lint format speed clean
+.PHONY: help setup torch gl packages demo policy-demo generator-demo test test-all lint format speed clean
 
 help:
 	@echo "make demo      train SGQN on cartpole-swingup from pixels, evaluate under distractions, write the report"
+	@echo "make policy-demo  imitate a script of Meta-World from pixels, fine-tune with DPPO, compare before and after"
 	@echo "make generator-demo  pretrain an image generator on drawn shapes, fine-tune it with Flow-GRPO, write the report"
 	@echo "make test      the tests (minutes)"
 	@echo "make test-all  slow learning and resume tests too"
@@ -56,6 +57,9 @@ gl: $(STAMP)
 
 demo: setup
 	$(BIN)/python -m experiments.demo
+
+policy-demo: setup
+	$(BIN)/python -m experiments.policy_demo
 
 generator-demo: $(STAMP)
 	$(BIN)/python -m experiments.generator_demo
