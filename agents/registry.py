@@ -21,6 +21,7 @@ from agents.core.vines import VineLoop
 from agents.generative_policies.dppo import DPPO, DPPOConfig
 from agents.generative_policies.fpo import FPO, FPO_PLUS_PLUS, FPOConfig
 from agents.generative_policies.gaussian import GaussianConfig
+from agents.generative_policies.gaussian_ppo import GaussianPPO, GaussianPPOConfig
 from agents.generative_policies.imitation import (
     ACTING,
     DIFFUSION_POLICY,
@@ -205,6 +206,14 @@ AGENTS: dict[str, AgentSpec] = {
         acting=_DRAWING,
         fine_tunes=True,
         unused=_INPAINTING,
+    ),
+    "gaussian-ppo": AgentSpec(
+        GaussianPPO,
+        (GaussianPPOConfig(), replace(_FLOW, start_noise=0.0)),
+        "PPO on a Gaussian around what a denoising policy draws from zero noise",
+        on_policy=True,
+        acting=("denoising_steps", "clip_x0"),
+        fine_tunes=True,
     ),
     "reinflow": AgentSpec(
         ReinFlow,

@@ -33,6 +33,9 @@ BASE = {
         "clip": 0.1, "largest_noise": 0.3, "entropy_coefficient": 0.0, "learning_rate": 1e-3,
         "policy": {"denoising_steps": 4},
     },
+    "gaussian-ppo": {
+        "clip": 0.1, "exploration_std": 0.3, "learning_rate": 1e-3, "policy": {"denoising_steps": 4},
+    },
 }  # fmt: skip
 LEARNED, NOT_LEARNED = 18.0, 16.5
 BETTER, NOT_BETTER = 19.0, 17.9
@@ -92,3 +95,7 @@ def test_fpo_without_the_difference_of_losses_learns_nothing(monkeypatch):
 
 def test_reinflow_without_its_noise_does_not_learn():
     assert fine_tune("reinflow", smallest_noise=1e-3, largest_noise=1.1e-3) < NOT_BETTER
+
+
+def test_gaussian_ppo_without_its_noise_does_not_learn():
+    assert fine_tune("gaussian-ppo", exploration_std=1e-3, smallest_std=1e-3) < NOT_BETTER
