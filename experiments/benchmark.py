@@ -3,6 +3,7 @@
     python -m experiments.benchmark --agents sgqn svea drqv2 --envs dmc/cartpole-swingup --seeds 1 2 3
     python -m experiments.benchmark --agents sgqn --seeds 1 2 3 --jobs 2 --threads 1 -- --steps 20000
     python -m experiments.benchmark --agents ppo --variant ppo-wide "ppo --clip 0.4" --envs gym/Pendulum-v1
+    python -m experiments.benchmark --agents dppo fpo reinflow --base runs/toy-reach/flow-policy-seed1
 
 Every run is a process of its own; flags after `--` go to experiments.train. The same command started again goes on:
 finished runs are kept, interrupted ones resumed. `--out` gets results.csv (a line per run and distraction) and
@@ -48,6 +49,8 @@ from wrappers.distraction.presets import make_distraction
 STOPPED = 130
 """Exit code of a run that was stopped: it has saved, and the same command goes on."""
 
+DEFAULT_ENV = "dmc/cartpole-swingup"
+
 
 def parser() -> Parser:
     """Return the command's parser."""
@@ -57,8 +60,9 @@ def parser() -> Parser:
         "--variant", nargs=2, action="append", default=[], metavar=("NAME", '"AGENT FLAGS"'),
         help="an agent with flags of its own, under another name; may be given several times",
     )  # fmt: skip
+    p.add_argument("--envs", nargs="+", metavar="ID", help=f"tasks [{DEFAULT_ENV}, or the base's]")
     p.add_argument(
-        "--envs", nargs="+", default=["dmc/cartpole-swingup"], metavar="ID", help="tasks"
+        "--base", type=Path, metavar="RUN", help="begin every run with this one's policy"
     )
     add_import_flag(p)
     p.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds [1 2 3]")
@@ -90,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.episodes < 1 or arguments.jobs < 1:
         raise UserError("--episodes and --jobs must be at least 1")
     import_modules(arguments.imports)
-    jobs = grid(arguments)
+    base = None if arguments.base is None else base_job(arguments)
+    if arguments.envs is None:
+        arguments.envs = [DEFAULT_ENV if base is None else base.env]
+    jobs = grid(arguments, base)
     check_results(arguments.out, jobs)
     failed = [] if arguments.collect else run_grid(jobs, arguments)
     for folder in failed:
@@ -100,8 +107,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def grid(arguments: argparse.Namespace) -> list[Job]:
-    """Return the runs that the command line asks for.
+def base_job(arguments: argparse.Namespace) -> Job:
+    """Return the run that the others begin with, as a job that only lacks its evaluation.
+
+    Raises:
+        UserError: it is no run, is not trained, or is of another task than asked for.
+    """
+    folder = arguments.base
+    config = read_config(folder)
+    env = config["env"]["id"]
+    if arguments.envs not in (None, [env]):
+        raise UserError(f"--base {folder} is of {env}; leave out --envs, or give {env} alone")
+    if left := steps_left(folder):
+        raise UserError(f"--base {folder} lacks {left:,} of its steps; go on with it first")
+    kept = None
+    if arguments.archive:
+        kept = arguments.archive / env.replace("/", "-") / folder.resolve().name
+    label = str(config.get("label", config["agent"]))
+    return Job(label, config["agent"], env, config["train"]["seed"], folder, kept, is_base=True)
+
+
+def grid(arguments: argparse.Namespace, base: Job | None = None) -> list[Job]:
+    """Return the runs that the command line asks for, the base before those that begin with it.
 
     Raises:
         UserError: a name is unknown or given twice.
@@ -126,13 +153,16 @@ def grid(arguments: argparse.Namespace) -> list[Job]:
         values = getattr(arguments, name)
         if len(set(values)) < len(values):
             raise UserError(f"--{name} names one of {values} twice; once is enough")
-    jobs = []
+    jobs = [] if base is None else [base]
+    if base is not None and base.label in methods:
+        raise UserError(f"the base is called '{base.label}', as a method; give this another name")
+    begin = () if base is None else ("--base", str(base.folder))
     for seed, env, (label, (agent, flags)) in product(
         arguments.seeds, arguments.envs, methods.items()
     ):
         place = Path(env.replace("/", "-")) / f"{label}-seed{seed}"
         kept = arguments.archive / place if arguments.archive else None
-        jobs.append(Job(label, agent, env, seed, arguments.runs / place, kept, flags))
+        jobs.append(Job(label, agent, env, seed, arguments.runs / place, kept, (*begin, *flags)))
     return jobs
 
 
@@ -164,6 +194,22 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
     file = job.results / "config.json"
     if not file.is_file():
         return
+    if not job.is_base:
+        _check_training(job, flags)
+    if job.results != job.archive:
+        return  # it is evaluated anew
+    result = json.loads((job.results / "evaluations" / f"{RESULT}.json").read_text())
+    if result["episodes_per_distraction"] != episodes or set(result["results"]) != set(
+        distractions
+    ):
+        raise UserError(
+            f"'{job.results}' was evaluated in {result['episodes_per_distraction']} episodes each of "
+            f"{' '.join(result['results'])}; give these --episodes and --distractions, or another --archive"
+        )
+
+
+def _check_training(job: Job, flags: Sequence[str]) -> None:
+    """Refuse a run that was trained with other settings than are asked for."""
     words = [*_method(job), *flags, *job.flags]
     is_baseline = job.agent.startswith(BASELINE)
     command = baseline if is_baseline else train
@@ -176,16 +222,6 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
                 f"'{job.results}' was trained with other settings than these ({where}); "
                 "give other --runs and --archive, or the flags of that grid"
             )
-    if job.results != job.archive:
-        return  # it is evaluated anew
-    result = json.loads((job.results / "evaluations" / f"{RESULT}.json").read_text())
-    if result["episodes_per_distraction"] != episodes or set(result["results"]) != set(
-        distractions
-    ):
-        raise UserError(
-            f"'{job.results}' was evaluated in {result['episodes_per_distraction']} episodes each of "
-            f"{' '.join(result['results'])}; give these --episodes and --distractions, or another --archive"
-        )
 
 
 def with_new_fields(config: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

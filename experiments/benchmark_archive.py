@@ -47,6 +47,8 @@ class Job:
     """Where this run is kept when it has finished."""
     flags: tuple[str, ...] = ()
     """What a variant sets."""
+    is_base: bool = False
+    """It is the base of the others, and trained already."""
 
     @property
     def results(self) -> Path:

@@ -65,6 +65,8 @@ class DemoSettings:
     """Chunks of actions that DPPO takes."""
     episodes: int = 40
     """Episodes of each evaluation."""
+    workers: int = 2
+    """Worker processes of fine-tuning and evaluations; results do not depend on them."""
 
     def __post_init__(self) -> None:
         """Reject what cannot be run."""
@@ -75,18 +77,18 @@ class DemoSettings:
                 )
 
 
-IMITATION = {
+IMITATION: dict[str, dict[str, float]] = {
     "cpu": {"--batch-size": 64, "--ema-decay": 0.99, "--warmup": 100, "--denoising-steps": 5},
 }
 """Beside the preset of `experiments.imitate`: what is learned in few steps, and drawn in five."""
-FINE_TUNING = {
+FINE_TUNING: dict[str, dict[str, float]] = {
     "cpu": {
-        "--num-envs": 8, "--rollout-length": 64, "--minibatch-size": 128, "--critic-warmup": 2,
-        "--learning-rate": 5e-5, "--critic-learning-rate": 5e-4,
+        "--num-envs": 8, "--rollout-length": 32, "--minibatch-size": 128, "--critic-warmup": 1,
+        "--critic-learning-rate": 5e-4,
     },
     "debug": {"--num-envs": 2, "--rollout-length": 8, "--minibatch-size": 16},
 }  # fmt: skip
-"""Beside the preset of `experiments.train`: updates of 512 chunks, the first two of the critic alone."""
+"""Beside the preset of `experiments.train`: updates of 256 chunks, the first of the critic alone."""
 
 
 def parser() -> Parser:
@@ -115,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code := learn(folder, name, settings, flags):
             return code
     terminate_as_interrupt()
-    results = [evaluated(folder / name, settings, imports) for name in (BASE, TUNED)]
-    table = comparison(*results, settings.env)
+    before, after = (evaluated(folder / name, settings, imports) for name in (BASE, TUNED))
+    table = comparison(before, after, settings.env)
     text = render_markdown([table])
     (folder / TABLE).write_text(text)
     page = build_report([folder / BASE, folder / TUNED], folder / "report", overwrite=True)
@@ -217,7 +219,7 @@ def _fine_tuning(folder: Path, settings: DemoSettings) -> list[str]:
     """Return the flags of fine-tuning: under the colors of the train split, so that these are not forgotten."""
     return [
         "--env", settings.env, "--base", str(folder / BASE), "--steps", str(settings.fine_tuning_steps),
-        "--distraction", SHOWN[1], "--checkpoint-every", "1000",
+        "--distraction", SHOWN[1], "--checkpoint-every", "1000", "--workers", str(settings.workers),
         *_words(FINE_TUNING.get(settings.preset, {})),
     ]  # fmt: skip
 
@@ -235,7 +237,7 @@ def evaluated(run: Path, settings: DemoSettings, imports: Sequence[str]) -> dict
             return dict(found)
     print(f"\nevaluation: {run}", flush=True)
     evaluate_run(
-        run, distractions=SHOWN, episodes=settings.episodes, num_envs=min(10, settings.episodes),
+        run, distractions=SHOWN, episodes=settings.episodes, num_envs=10, workers=settings.workers,
         name=RESULT, overwrite=True, imports=imports,
     )  # fmt: skip
     return dict(json.loads(file.read_text()))

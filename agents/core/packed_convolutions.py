@@ -93,8 +93,8 @@ class Convolution(nn.Conv1d):
         """Map [B, I, H] to [B, O, H / stride]."""
         if not _applies(x, self.weight):
             return super().forward(x)
-        (taps,), (stride,), (padding,) = self.kernel_size, self.stride, self.padding
-        assert isinstance(padding, int)
+        (taps,), (stride,) = self.kernel_size, self.stride
+        padding = int(self.padding[0])
         columns = F.pad(x.transpose(1, 2), (0, 0, padding, padding)).unfold(1, taps, stride)
         batch, steps = columns.shape[:2]
         rows = columns.transpose(2, 3).reshape(batch * steps, -1)  # taps, then channels

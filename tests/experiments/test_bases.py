@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -15,9 +16,10 @@ from agents import Policy
 from agents.core.errors import UserError
 from agents.policy import read_config
 from agents.registry import AGENTS
-from experiments import collect, imitate
+from experiments import benchmark, collect, imitate
 from experiments.bases import begin_from_base
 from experiments.evaluate import evaluate_run
+from experiments.report import build_report
 from experiments.train import main
 from tests.experiments.helpers import arguments, as_arguments, assert_same_run, resume, train
 
@@ -255,3 +257,71 @@ def test_an_agent_without_a_denoising_policy_has_no_base(
 ) -> None:
     words = arguments("ppo", "toy/reach", tmp_path / "run", base=runs / "flow-policy")
     assert "--base" in refused(capsys, words)
+
+
+def grid_words(runs: Path, tmp_path: Path, *more: object) -> list[str]:
+    places = {"runs": tmp_path / "runs", "out": tmp_path / "out", "archive": tmp_path / "kept"}
+    words = ["--base", runs / "flow-policy", "--agents", "gaussian-ppo", "dppo", "--seeds", 1]
+    words += [word for name, place in places.items() for word in (f"--{name}", place)]
+    words += ["--preset", "debug", "--episodes", 2, "--distractions", "clean", "--threads", 1]
+    return [str(word) for word in (*words, *more)]
+
+
+def test_a_grid_begins_with_the_base_and_gives_it_to_all_others(runs: Path, tmp_path: Path) -> None:
+    given = benchmark.parser().parse_args(grid_words(runs, tmp_path))
+    base = benchmark.base_job(given)
+    assert (base.label, base.env, base.seed) == ("flow-policy", "toy/reach", 3)
+    given.envs = [base.env]
+    first, *others = benchmark.grid(given, base)
+    assert first is base
+    assert [job.label for job in others] == ["gaussian-ppo", "dppo"]
+    assert {job.flags for job in others} == {("--base", str(runs / "flow-policy"))}
+    assert base.archive == tmp_path / "kept" / "toy-reach" / "flow-policy"
+    benchmark.check_same(base, [], 2, ["clean"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--envs", "toy/goals"], "is of toy/reach; leave out --envs"),
+        (["--variant", "flow-policy", "dppo"], "the base is called 'flow-policy'"),
+        (["--base", "nowhere"], "'nowhere' is no run folder"),
+    ],
+)
+def test_a_grid_whose_base_does_not_fit_is_one_line(
+    more: list[str], said: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(grid_words(runs, tmp_path, *more)) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_that_is_not_trained_is_told(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(runs / "flow-policy", half)
+    shutil.rmtree(half / "checkpoints" / "step-000000008")
+    assert benchmark.main(grid_words(runs, tmp_path, "--base", half)) == 2
+    assert "lacks 4 of its steps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_grid_from_a_base_is_run_archived_and_reported(runs: Path, tmp_path: Path) -> None:
+    flags = ["--", "--steps", "40", "--eval-every", "0", "--num-envs", "2", "--rollout-length", "8"]
+    words = grid_words(runs, tmp_path, *flags)
+    assert benchmark.main(words) == 0
+    kept = tmp_path / "kept" / "toy-reach"
+    names = ["dppo-seed1", "flow-policy", "gaussian-ppo-seed1"]
+    assert sorted(folder.name for folder in kept.iterdir()) == names
+    with (tmp_path / "out" / "results.csv").open() as handle:
+        agents = {row["agent"] for row in csv.DictReader(handle)}
+    assert agents == {"flow-policy", "dppo", "gaussian-ppo"}
+    before = (kept / "flow-policy" / "evaluations" / "benchmark.json").read_bytes()
+    shutil.rmtree(tmp_path / "runs")
+    assert benchmark.main(words) == 0, "the archive is enough"
+    assert (kept / "flow-policy" / "evaluations" / "benchmark.json").read_bytes() == before
+    report = build_report([tmp_path / "kept"], tmp_path / "report")
+    assert "flow-policy (base)" in report.read_text()

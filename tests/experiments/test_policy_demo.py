@@ -23,6 +23,7 @@ def words(folder: Path, **changed: object) -> list[str]:
     flags = {
         "run-dir": folder, "env": "toy/reach", "preset": "debug", "seed": 3, "demonstrations": 2,
         "episode-length": 12, "action-chunk": 2, "imitation-steps": 6, "fine-tuning-steps": 40, "episodes": 2,
+        "workers": 0,
     } | changed  # fmt: skip
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
