@@ -4,7 +4,7 @@
     python -m experiments.speed rendering replay --seconds 10 --out speed.md
     python -m experiments.speed acting --peer-python lerobot/bin/python
 
-Markdown, in one run of about four minutes on two idle cores. What a row compares takes turns, one at a time, and the
+Markdown, in one run of about seven minutes on two idle cores. What a row compares takes turns, one at a time, and the
 medians count, so that ratios hold on a busy machine too; a time alone says as much about the machine.
 """
 

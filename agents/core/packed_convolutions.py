@@ -19,6 +19,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 MOST_ROWS = 256
 """Rows (samples times steps) above which the product, and not its weights, takes the time."""
@@ -38,6 +39,16 @@ class _Packed(NamedTuple):
 
 # Not in the layers: these are copied, compared and saved, and packed weights have no storage that torch could copy.
 _packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+
+
+def _count_fused_steps(optimizer: Optimizer, *_: object) -> None:
+    """Count a fused optimizer's steps as changes of what it moves: its kernels do not."""
+    if _packed:
+        fused = [g["params"] for g in optimizer.param_groups if g.get("fused")]
+        torch.autograd.graph.increment_version([p for group in fused for p in group])
+
+
+register_optimizer_step_post_hook(_count_fused_steps)
 
 
 @contextmanager

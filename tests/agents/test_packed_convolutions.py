@@ -22,6 +22,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "shrinking": lambda: Convolution(160, 160, 3, stride=2, padding=1),
     "doubling": lambda: Doubling(192, 96),
 }
+WAYS: tuple[dict[str, bool], ...] = ({"fused": True}, {"foreach": True}, {"foreach": False})
 
 
 @pytest.fixture(name="calls")
@@ -62,16 +63,19 @@ def test_packed_layers_are_torchs_own(name: str, steps: int, calls: list[nn.Modu
 @needs_mkldnn
 @pytest.mark.parametrize("name", LAYERS)
 def test_weights_that_change_are_packed_anew(name: str, calls: list[nn.Module]) -> None:
-    """By an optimizer, by loading, by an average, and by being replaced."""
+    """By every sort of optimizer, by an average, by loading, and by being replaced."""
     torch.manual_seed(0)
     layer, other = LAYERS[name](), LAYERS[name]()
     x = torch.randn(2, next(layer.parameters()).shape[name != "doubling"], 8)
     before, _ = both(layer, x)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizers = [
+        torch.optim.SGD(layer.parameters(), lr=0.1),
+        *(torch.optim.Adam(layer.parameters(), lr=0.1, **way) for way in WAYS),
+    ]
 
     def step() -> None:
         layer(x).square().sum().backward()
-        optimizer.step()
+        optimizers.pop().step()
 
     def average() -> None:
         with torch.no_grad():
@@ -80,13 +84,17 @@ def test_weights_that_change_are_packed_anew(name: str, calls: list[nn.Module]) 
     def replace() -> None:
         layer.weight = nn.Parameter(torch.randn_like(layer.weight))  # type: ignore[arg-type]
 
-    for change in (step, average, lambda: layer.load_state_dict(other.state_dict()), replace):
+    def load() -> None:
+        layer.load_state_dict(other.state_dict())
+
+    steps = [step] * len(optimizers)
+    for change in (*steps, average, load, replace):
         change()
         now, plain = both(layer, x)
         torch.testing.assert_close(now, plain, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(now, before, rtol=1e-2)
         before = now
-    assert len(calls) == 5
+    assert len(calls) == 8
 
 
 @needs_mkldnn
