@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-import envs
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
 from agents.policy import read_config
+from envs.settings import Settings
 from experiments import collect, imitate, train
 from experiments.arguments import Parser, add_dataclass, fill, run_command, terminate_as_interrupt
 from experiments.benchmark import STOPPED
@@ -34,6 +34,7 @@ from experiments.reporting.blocks import Cell, Table, limits, number
 from experiments.reporting.statistics import Interval, stratified_bootstrap
 from experiments.reporting.text import render_markdown
 from experiments.runs import write_json
+from experiments.settings import VectorSettings
 
 SHOWN = ("clean", "color_hard", "video_hard")
 """What is demonstrated (of the train split), and what both policies are evaluated under (of the test split)."""
@@ -143,7 +144,12 @@ def read_settings(folder: Path, given: dict[str, Any]) -> DemoSettings:
                 )
         return own
     settings = fill(own, given)
-    envs.get_spec(settings.env)
+    # All that the parts refuse, now: they would only when those before them are done.
+    Settings(
+        settings.env, action_chunk=settings.action_chunk, episode_length=settings.episode_length
+    ).resolved()
+    VectorSettings(workers=settings.workers)
+    imitate.find_preset(settings.preset, "cpu")
     if settings.env.partition("/")[0] not in ("metaworld", "toy"):
         raise UserError(
             f"nobody shows how {settings.env} is done; give a task of metaworld/ or toy/, which have scripts"
