@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -118,13 +119,21 @@ def doubled_convolution(x: Tensor, conv: nn.Conv2d) -> Tensor:
     Returns:
         [B, O, 2 * H, 2 * W].
     """
-    # [phase, offset in x, tap]: an even column's left tap lies on the left neighbor, its other two on its own pixel.
-    sums = conv.weight.new_tensor(
-        [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
-    )
+    sums = _tap_sums(conv.weight.device)
     weight = torch.einsum("piy,qjx,ocyx->opqcij", sums, sums, conv.weight).flatten(0, 2)
     bias = None if conv.bias is None else conv.bias.repeat_interleave(4)
     return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=1), 2)
+
+
+@cache
+def _tap_sums(device: torch.device) -> Tensor:
+    """Return which taps of a 3x3 convolution fall together, [phase, offset in x, tap]; kept, as a GPU waits for it.
+
+    An even column's left tap lies on the left neighbor, its other two on its own pixel.
+    """
+    return torch.tensor(
+        [[[1.0, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], device=device
+    )
 
 
 class TwinQ(nn.Module):

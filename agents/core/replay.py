@@ -295,7 +295,9 @@ class Replay(Rows):
         first_column = slots[:, 0]
         powers = torch.from_numpy((discount**steps * inside).astype(np.float32))
         reward = self._gather("reward", slots) * powers.to(self.device)
-        bootstrap = torch.from_numpy((discount**window).astype(np.float32)).to(self.device)
+        bootstrap = torch.from_numpy((discount**window).astype(np.float32)).to(
+            self.device, non_blocking=True
+        )
         return Batch(
             observation=self._observe(env, counter),
             action=self._gather("action", first_column),

@@ -121,7 +121,7 @@ class Rows:
         column, field = self._columns[name], self._fields[name]
         shape = (*slots.shape, *field.shape)
         if column.is_cuda:
-            index = torch.from_numpy(slots.reshape(-1)).to(column.device)
+            index = torch.from_numpy(slots.reshape(-1)).to(column.device, non_blocking=True)
             return column.index_select(0, index).view(shape)
         # Pinned, so that a copy to the GPU overlaps; its allocator keeps it until that is done.
         rows = torch.empty(shape, dtype=field.dtype, pin_memory=self.device.type == "cuda")

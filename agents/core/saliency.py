@@ -64,11 +64,25 @@ def quantile_mask(saliency: Tensor, quantile: float) -> Tensor:
     flat = saliency.flatten(-2)
     index = math.ceil(quantile * (flat.shape[-1] - 1) - 1e-9)
     if flat.device.type == "cpu":
-        # NumPy's partition is vectorized (AVX-512 / AVX2 quickselect); torch's topk and kthvalue are not.
-        threshold = torch.from_numpy(np.partition(flat.numpy(), index, axis=-1)[..., index])
+        threshold = _order_statistic(flat, index)
     else:
         threshold = flat.topk(flat.shape[-1] - index, dim=-1, sorted=False).values.amin(-1)
     return saliency >= threshold[..., None, None]
+
+
+@torch.library.custom_op("sightline::order_statistic", mutates_args=(), device_types="cpu")
+def _order_statistic(flat: Tensor, index: int) -> Tensor:
+    """Return the entry [B, k] that stands at `index` when each row of [B, k, N] is sorted.
+
+    NumPy's partition is vectorized (AVX-512 / AVX2 quickselect); torch's topk and kthvalue are not. An operator of its
+    own, because a compiler cannot look into NumPy and has to call it.
+    """
+    return torch.from_numpy(np.partition(flat.numpy(), index, axis=-1)[..., index].copy())
+
+
+@_order_statistic.register_fake
+def _(flat: Tensor, index: int) -> Tensor:
+    return flat.new_empty(flat.shape[:-1])
 
 
 def mask_channels(mask: Tensor) -> Tensor:
