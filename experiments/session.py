@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -80,6 +81,7 @@ class Session:
         config = self.config
         space, action_space = self.spaces
         self.agent = self.make_agent(seeds["agent"])
+        compile_agent(self.agent, config)
         self._prepare(seeds)
         self.teacher: Actor | None = None
         if about := config.get("teacher"):
@@ -339,6 +341,23 @@ def agent_of(
         seed=seed,
         num_envs=config["train"]["num_envs"],
     )
+
+
+def compile_agent(agent: Agent, config: Mapping[str, Any]) -> None:
+    """Compile an agent's gradients as a run's config says; `auto` does on GPUs, and warns where it cannot.
+
+    Raises:
+        UserError: it cannot, and is told to.
+    """
+    asked = config.get("compile", "off")  # older runs say nothing
+    if asked == "off" or (asked == "auto" and config["device"] == "cpu"):
+        return
+    try:
+        agent.compile(fall_back=asked == "auto")
+    except UserError as error:
+        if asked == "on":
+            raise
+        warnings.warn(f"training goes on without compiling: {error}", stacklevel=2)
 
 
 def make_store(

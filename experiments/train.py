@@ -17,6 +17,7 @@ command, metrics.csv, TensorBoard events, checkpoints, replay. `--resume` goes o
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import warnings
@@ -96,6 +97,8 @@ def parser(agent: str) -> Parser:
         metavar="N",
         help="CPU threads of the learner [torch's own or 1, whichever is faster when the run starts]",
     )
+    p.add_argument("--compile", choices=("off", "on", "auto"), default=argparse.SUPPRESS,
+                   help="compile gradients; auto: on CUDA devices, and not where that fails [off]")  # fmt: skip
     p.add_argument("--run-dir", type=Path, metavar="DIR",
                    help="where the run is kept [runs/<task>/<agent>-seed<seed>]")  # fmt: skip
     p.add_argument("--label", metavar="NAME",
@@ -249,6 +252,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         **new_teacher(given),
         "device": device,
         "threads": given["threads"],
+        "compile": given.get("compile", "off"),
         "replay_storage": given["replay_storage"],
         "preset": given["preset"],
     }
@@ -276,9 +280,14 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     """
     run = given["resume"]
     config = read_config(run)
-    allowed = {"--resume", "--import", "--device", "--threads", "--no-exact-resume"} | {
-        f"--{n.replace('_', '-')}" for n in RESUMABLE
-    }
+    allowed = {
+        "--resume",
+        "--import",
+        "--device",
+        "--threads",
+        "--compile",
+        "--no-exact-resume",
+    } | {f"--{n.replace('_', '-')}" for n in RESUMABLE}
     # What may have been moved; that it is still the same is checked.
     if "teacher" in config:
         allowed |= {"--teacher"}
@@ -295,6 +304,7 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
         config["device"] if given["device"] == "auto" else given["device"]
     )
     config["threads"] = given["threads"] or config.get("threads")
+    config["compile"] = given.get("compile", config.get("compile", "off"))
     if given.get("teacher"):
         config["teacher"]["path"] = str(given["teacher"].resolve())
     if given.get("root"):

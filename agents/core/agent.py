@@ -7,9 +7,9 @@ networks, optimisers and random generators, and nothing else: no environment, no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +18,11 @@ from torch import Tensor, nn
 
 from agents.core.errors import UserError
 from agents.core.fields import Field
+
+if TYPE_CHECKING:
+    from agents.core.compilation import Compiler
+
+T = TypeVar("T")
 
 Observation = Mapping[str, Tensor]
 """`pixels` uint8 [B, 3*k, H, W] (RGB of the oldest frame first) and / or `state` float32 [B, D].
@@ -113,6 +118,7 @@ class Agent(Learner):
     """What the loops and `Policy` ask of every agent beside."""
 
     replay_settings: ReplaySettings
+    compiler: Compiler | None = None
 
     @abstractmethod
     def act(
@@ -128,6 +134,42 @@ class Agent(Learner):
         Returns:
             Actions in [-1, 1], float32 [B, A] (or int64 [B]); the next state; extras to store with the step.
         """
+
+    def gradient_sizes(self) -> set[int]:
+        """Return the usual sizes of the batches that `differentiate` is called with.
+
+        Raises:
+            UserError: the agent's gradients cannot be compiled.
+        """
+        raise UserError(
+            f"{type(self).__name__} does not say how its gradients are compiled; use --compile off"
+        )
+
+    def compile(self, *, backend: str = "inductor", fall_back: bool = False) -> None:
+        """Compile what `differentiate` is called with from now on.
+
+        Args:
+            backend: of `torch.compile`.
+            fall_back: warn and go on without, where compiling fails.
+
+        Raises:
+            UserError: this agent's gradients cannot be compiled.
+        """
+        # Here: it brings a second of imports that most runs can do without.
+        from agents.core.compilation import Compiler
+
+        parameters = [p for network in self.networks().values() for p in network.parameters()]
+        self.compiler = Compiler(
+            parameters, self.gradient_sizes(), backend=backend, fall_back=fall_back
+        )
+
+    def differentiate(self, function: Callable[..., T], *inputs: Any) -> T:
+        """Call a function that leaves gradients in parameters, compiled where the agent was told to compile.
+
+        Parameters have no gradient before. See `agents.core.compilation` for what such a function may do: it draws
+        from generators that it names, and changes nothing but gradients.
+        """
+        return function(*inputs) if self.compiler is None else self.compiler(function, *inputs)
 
     def greedy(self) -> nn.Module:
         """Return `act` without exploring as a module, for export; it shares the agent's weights.

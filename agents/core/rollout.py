@@ -90,9 +90,14 @@ class Experience:
         begins[1:] = (self.terminated | self.truncated | ~self.kept)[:-1].cpu()
         return begins.flatten()
 
+    @cached_property
+    def _kept_steps(self) -> np.ndarray:
+        """Numbers of the kept steps, in order; read once, as a GPU is waited for."""
+        return self.kept.flatten().nonzero()[:, 0].cpu().numpy()
+
     def _read(self, name: str, index: Tensor) -> Tensor:
         values = self.extras[name].flatten(0, 1)
-        return values[index.to(values.device)]
+        return values[index.to(values.device, non_blocking=True)]
 
     def next_values(self, value: Tensor, evaluate: Evaluate) -> Tensor:
         """Return the values of what followed every step, [T, N]; 0 after terminations.
@@ -117,9 +122,8 @@ class Experience:
 
     def minibatches(self, size: int, generator: np.random.Generator) -> Iterator[Tensor]:
         """Yield shuffled step numbers, int64 [M] on the CPU with M about `size`: every kept step once."""
-        index = self.kept.flatten().nonzero()[:, 0].cpu().numpy()
-        shuffled = generator.permutation(index)
-        for part in np.array_split(shuffled, max(1, round(len(shuffled) / size))):
+        shuffled = generator.permutation(self._kept_steps)
+        for part in np.array_split(shuffled, _part_count(len(shuffled), size)):
             yield torch.from_numpy(part)
 
     def sequences(self, size: int, length: int, generator: np.random.Generator) -> Iterator[Tensor]:
@@ -140,6 +144,16 @@ class Experience:
         count = min(len(chunks), max(1, round(kept.sum() / size)))
         for part in np.array_split(generator.permutation(len(chunks)), count):
             yield torch.from_numpy(np.concatenate([chunks[i] for i in part]))
+
+
+def part_sizes(steps: int, size: int) -> set[int]:
+    """Return the sizes of the parts into which `Experience.minibatches` cuts so many kept steps."""
+    count = _part_count(steps, size)
+    return {steps // count, -(-steps // count)}
+
+
+def _part_count(steps: int, size: int) -> int:
+    return max(1, round(steps / size))
 
 
 class Rollout(Replay):

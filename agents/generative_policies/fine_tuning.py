@@ -34,7 +34,7 @@ from agents.core.fields import Field, observation_boxes
 from agents.core.networks import mlp
 from agents.core.normalizers import RangeNormalizer, RewardScale, RunningMoments
 from agents.core.policy_gradient import ratio_metrics
-from agents.core.rollout import TEACHER_ACTION, Experience
+from agents.core.rollout import TEACHER_ACTION, Experience, part_sizes
 from agents.core.sampling import Sampler
 from agents.core.schedules import linear
 from agents.generative_policies.conditions import ConditionEncoder
@@ -50,8 +50,9 @@ from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
 from agents.on_policy.losses import normalized, value_loss
 from agents.on_policy.teacher import teacher_weight
 from agents.on_policy.updates import (
+    backward,
     credited,
-    descend,
+    forget,
     mean_metrics,
     passes,
     take_in_rewards,
@@ -123,7 +124,7 @@ class FineTuner(OnPolicyAgent):
             raise UserError(
                 "a chunk that goes on with the last one cannot be fine-tuned; give --no-inpaint"
             )
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.num_envs = config, torch.device(device), num_envs
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.acting = torch.Generator(self.device).manual_seed(seed)
         self.order = np.random.default_rng(seed)
@@ -285,7 +286,7 @@ class FineTuner(OnPolicyAgent):
             epochs=config.epochs,
             target_kl=config.target_kl,
         ):
-            place = index.to(self.device)
+            place = index.to(self.device, non_blocking=True)
             observation = batch.observation(index)
             step = self._critic_step(observation, target[place])
             if self.rollouts >= config.critic_warmup:
@@ -314,8 +315,15 @@ class FineTuner(OnPolicyAgent):
         return advantage.flatten(), (advantage + experience.extras["value"]).flatten()
 
     def _critic_step(self, observation: Observation, target: Tensor) -> dict[str, Tensor]:
+        forget(self.critic_optimizer)
+        metrics = self.differentiate(self.critic_gradients, observation, target)
+        self.critic_optimizer.step()
+        return metrics
+
+    def critic_gradients(self, observation: Observation, target: Tensor) -> dict[str, Tensor]:
+        """Leave the gradients of the value's loss on a minibatch."""
         loss = value_loss(self.critic(observation), target)
-        norm = descend(self.critic_optimizer, loss, self.config.max_gradient_norm)
+        norm = backward(self.critic_optimizer, loss, self.config.max_gradient_norm)
         return {"loss/value": loss.detach(), "gradient_norm/value": norm}
 
     def _actor_step(
@@ -323,17 +331,49 @@ class FineTuner(OnPolicyAgent):
     ) -> dict[str, Tensor]:
         """Learn from a minibatch: by the surrogate from the policy's own decisions, by cloning from a teacher's."""
         taught, guided = extras.pop(TEACHER_ACTION, None), extras.pop(GUIDED, None)
-        losses: list[Tensor] = []
-        metrics: dict[str, Tensor] = {}
-        weight = teacher_weight(
+        now = teacher_weight(
             self.config.teacher_coefficient, self.config.teacher_decay, self.agent_steps
         )
-        if taught is not None and weight:
+        weight = torch.full((), now, device=self.device) if taught is not None and now else None
+        forget(self.actor_optimizer)
+        if guided is None:
+            metrics = self.differentiate(
+                self.actor_gradients, observation, extras, advantage, taught, weight
+            )
+        else:  # how many decisions are the policy's own differs with every minibatch: nothing to compile
+            metrics = self.actor_gradients(
+                observation, extras, advantage, taught, weight, own=(~guided).nonzero()[:, 0]
+            )
+        if metrics:  # none of a teacher's decisions alone, whose chunks are not learned
+            self.actor_optimizer.step()
+        return metrics
+
+    def actor_gradients(
+        self,
+        observation: Observation,
+        extras: dict[str, Tensor],
+        advantage: Tensor,
+        taught: Tensor | None,
+        weight: Tensor | None,
+        own: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Leave the gradients of the policy's loss on a minibatch.
+
+        Args:
+            observation: of M decisions.
+            extras: what `draw` remembered of them.
+            advantage: [M].
+            taught: a teacher's chunks.
+            weight: of the loss of cloning them, 0-d; None leaves it out.
+            own: int64, which decisions are the policy's own; None for all.
+        """
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        if taught is not None and weight is not None:
             cloning = cloning_loss(self.policy, observation, taught, self.generator)
             losses.append(weight * cloning)
             metrics["loss/teacher"] = cloning.detach()
-        if guided is not None:
-            own = (~guided).nonzero()[:, 0]
+        if own is not None:
             observation = {name: part[own] for name, part in observation.items()}
             extras = {name: value[own] for name, value in extras.items()}
             advantage = advantage[own]
@@ -347,11 +387,15 @@ class FineTuner(OnPolicyAgent):
                 **ratio_metrics(said.log_ratio, clip=self.clip_widths()),
                 **said.metrics,
             }
-        if not losses:  # a teacher's decisions alone, whose chunks are not learned
+        if not losses:
             return {}
         total = torch.stack(losses).sum()
-        norm = descend(self.actor_optimizer, total, self.config.max_gradient_norm)
+        norm = backward(self.actor_optimizer, total, self.config.max_gradient_norm)
         return metrics | {"gradient_norm/policy": norm}
+
+    def gradient_sizes(self) -> set[int]:
+        """See `Agent.gradient_sizes`; those of the minibatches of a rollout that lost no decision."""
+        return part_sizes(self.config.rollout_length * self.num_envs, self.config.minibatch_size)
 
     @torch.no_grad()
     def _values(self, observation: Observation) -> Tensor:

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -120,6 +120,17 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
 def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
     """Return the n-step target r + discount * V(s'); `discount` is gamma^n, 0 only after a true termination."""
     return reward + discount * next_value
+
+
+class CriticStep(NamedTuple):
+    """What the critic's gradients leave for the rest of an update."""
+
+    features: Tensor
+    """[B, F], of the observation without strong augmentation."""
+    kept: Any
+    """What the method's auxiliary step needs."""
+    metrics: dict[str, Tensor]
+    """0-d and detached."""
 
 
 class Critic(nn.Module):
@@ -263,11 +274,24 @@ class ActorCritic(Agent):
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One critic step; actor, averages and the method's auxiliary step when they are due."""
         self.updates += 1
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        critic = self.differentiate(self.critic_gradients, batch)
+        self.critic_optimizer.step()
+        metrics = critic.metrics
+        if self.updates % self.config.actor_every == 0:
+            metrics |= self.update_actor(critic.features)
+        if self.updates % self.config.target_every == 0:
+            self.update_target()
+        if self.method.auxiliary_due(self.updates):
+            metrics |= self.update_method(critic.kept, batch.action)
+        return metrics
+
+    def critic_gradients(self, batch: Batch) -> CriticStep:
+        """Leave the gradients of the critic's loss."""
         observation, action = self.augment(batch.observation), batch.action.flatten(1)
         with torch.no_grad():
             target = self.target_value(batch)
         critic = self.method.critic_loss(self.critic, observation, action, target, self.generator)
-        self.critic_optimizer.zero_grad(set_to_none=True)
         # Only parameters: where a method asked for input gradients, the loss must not compute them again.
         critic.loss.backward(inputs=list(self.critic.parameters()))
         metrics = {
@@ -276,14 +300,29 @@ class ActorCritic(Agent):
             "gradient_norm/critic": gradient_norm(self.critic),
             **critic.metrics,
         }
-        self.critic_optimizer.step()
-        if self.updates % self.config.actor_every == 0:
-            metrics |= self.update_actor(critic.features.detach())
-        if self.updates % self.config.target_every == 0:
-            self.update_target()
-        return metrics | self.method.auxiliary_update(
-            self.critic, observation, action, self.generator, self.updates
+        return CriticStep(critic.features.detach(), critic.kept, metrics)
+
+    def update_method(self, kept: Any, action: Tensor) -> dict[str, Tensor]:
+        """Take the method's own gradient step."""
+        optimizers = self.method.optimizers().values()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        metrics = self.differentiate(self.method_gradients, kept, action)
+        for optimizer in optimizers:
+            optimizer.step()
+        return metrics
+
+    def method_gradients(self, kept: Any, action: Tensor) -> dict[str, Tensor]:
+        """Leave the gradients of the method's own loss."""
+        loss, metrics = self.method.auxiliary_loss(
+            self.critic, kept, action.flatten(1), self.generator
         )
+        loss.backward()
+        return metrics
+
+    def gradient_sizes(self) -> set[int]:
+        """See `Agent.gradient_sizes`."""
+        return {self.config.batch_size}
 
     def target_value(self, batch: Batch) -> Tensor:
         """Return the critic's regression target, [B], without gradient."""

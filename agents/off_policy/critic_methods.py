@@ -30,11 +30,13 @@ class CriticLoss:
         loss: 0-d, to be minimised.
         features: [B, F], the encoder's output for the observation without strong augmentation.
         metrics: 0-d detached tensors.
+        kept: what `auxiliary_loss` needs of this pass.
     """
 
     loss: Tensor
     features: Tensor
     metrics: dict[str, Tensor]
+    kept: Any = None
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,22 @@ class CriticMethod(nn.Module):
         """Return the critic's loss on a weakly augmented observation (pixels in [0, 255])."""
         raise NotImplementedError
 
-    def auxiliary_update(
-        self,
-        critic: Any,
-        observation: Observation,
-        action: Tensor,
-        generator: torch.Generator,
-        updates: int,
-    ) -> dict[str, Tensor]:
-        """Take the method's own gradient step, if it has one and it is due after `updates` updates."""
-        return {}
+    def auxiliary_due(self, updates: int) -> bool:
+        """Whether the method has a gradient step of its own, and it is due after `updates` updates."""
+        return False
+
+    def auxiliary_loss(
+        self, critic: Any, kept: Any, action: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of the method's own step, 0-d, and metrics.
+
+        Args:
+            critic: the parts of it that the method's optimizers hold learn, too.
+            kept: of the critic's loss on the same batch.
+            action: [B, A].
+            generator: of random numbers.
+        """
+        raise NotImplementedError
 
     def prepare(self, critic: Any) -> None:
         """Build optimisers, once everything is on its device."""

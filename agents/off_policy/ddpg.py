@@ -88,7 +88,19 @@ class DDPG(ActorCritic):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # On the device and changed in place: a compiled update reads it there.
+        self.std = torch.empty((), device=self.device)
         self.noise = self.config.noise_start
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise of exploration, target and actor."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, value: float) -> None:
+        self._noise = value
+        self.std.fill_(value)
 
     def make_actor(self) -> nn.Module:
         """Build the deterministic actor."""
@@ -113,19 +125,19 @@ class DDPG(ActorCritic):
 
     def update_actor(self, features: Tensor) -> dict[str, Tensor]:
         """Step the actor."""
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        metrics = self.differentiate(self.actor_gradients, features)
+        self.actor_optimizer.step()
+        return metrics | {"policy/noise": self.std.clone()}
+
+    def actor_gradients(self, features: Tensor) -> dict[str, Tensor]:
+        """Leave the actor's gradients."""
         action = self._noisy(self.actor(features), self.config.noise_clip)
         self.critic.requires_grad_(False)
         loss = actor_loss(self.critic(features, action))
         self.critic.requires_grad_(True)
-        self.actor_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = gradient_norm(self.actor)
-        self.actor_optimizer.step()
-        return {
-            "loss/actor": loss.detach(),
-            "policy/noise": torch.tensor(self.noise, device=loss.device),
-            "gradient_norm/actor": norm,
-        }
+        return {"loss/actor": loss.detach(), "gradient_norm/actor": gradient_norm(self.actor)}
 
     def extra_state(self) -> dict[str, Any]:
         """Return the update counter and the current noise."""
@@ -138,4 +150,4 @@ class DDPG(ActorCritic):
 
     def _noisy(self, mean: Tensor, clip: float | None) -> Tensor:
         noise = torch.randn(mean.shape, generator=self.generator, device=mean.device)
-        return clipped_gaussian(mean, self.noise, noise, clip)
+        return clipped_gaussian(mean, self.std, noise, clip)

@@ -289,6 +289,10 @@ class ResFiT(ActorCritic):
         )
         return subset_minimum(values, self.config.compared, self.generator)
 
+    def gradient_sizes(self) -> set[int]:
+        """See `Agent.gradient_sizes`."""
+        raise UserError("resfit's gradients are not compiled yet; use --compile off")
+
     def update_actor(self, features: Tensor) -> dict[str, Tensor]:
         """Step the actor and its average, once the critics have learned alone."""
         if self.updates <= self.config.critic_only_updates:

@@ -127,25 +127,28 @@ class SAC(ActorCritic):
 
     def update_actor(self, features: Tensor) -> dict[str, Tensor]:
         """Step actor and temperature."""
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        self.temperature_optimizer.zero_grad(set_to_none=True)
+        metrics = self.differentiate(self.actor_gradients, features)
+        self.actor_optimizer.step()
+        self.temperature_optimizer.step()
+        return metrics | {"policy/temperature": self.alpha}
+
+    def actor_gradients(self, features: Tensor) -> dict[str, Tensor]:
+        """Leave the gradients of actor and temperature."""
         action, log_prob = self._sample(*self.actor(features))
         self.critic.requires_grad_(False)
         loss = actor_loss(self.critic(features, action), log_prob, self.alpha)
         self.critic.requires_grad_(True)
-        self.actor_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = gradient_norm(self.actor)
-        self.actor_optimizer.step()
         log_alpha = self.temperature["log_alpha"]
         alpha_loss = temperature_loss(log_alpha, log_prob, self.target_entropy)
-        self.temperature_optimizer.zero_grad(set_to_none=True)
         alpha_loss.backward()
-        self.temperature_optimizer.step()
         return {
             "loss/actor": loss.detach(),
             "loss/temperature": alpha_loss.detach(),
             "policy/entropy": -log_prob.detach().mean(),
-            "policy/temperature": self.alpha,
-            "gradient_norm/actor": norm,
+            "gradient_norm/actor": gradient_norm(self.actor),
         }
 
     def networks(self) -> dict[str, nn.Module]:

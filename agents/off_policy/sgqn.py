@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -141,6 +141,15 @@ def blank_outside(pixels: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
     return torch.lerp(fill.to(pixels.dtype), pixels, kept)
 
 
+class Attention(NamedTuple):
+    """What the predictor learns from."""
+
+    observation: Observation
+    """As the critic's loss saw it."""
+    mask: Tensor
+    """bool [B, k, H, W]."""
+
+
 class SGQN(CriticMethod):
     """The method; see the module's docstring."""
 
@@ -151,7 +160,6 @@ class SGQN(CriticMethod):
         self.config = config
         self.view = view
         self.decoder = decoder
-        self.mask: Tensor | None = None
 
     def prepare(self, critic: Any) -> None:
         """Build the predictor's optimizer: decoder, and the critic's encoder and trunk."""
@@ -174,40 +182,34 @@ class SGQN(CriticMethod):
         target: Tensor,
         generator: torch.Generator,
     ) -> CriticLoss:
-        """Return TD loss plus masked consistency; keeps the mask for the auxiliary step."""
+        """Return TD loss plus masked consistency."""
         seen = critic.normalize(observation)
         pixels = seen["pixels"].requires_grad_()
         features = critic.encode(seen)
         full = critic(features, action)
         gradient = input_gradient(full[0], pixels, "guided", retain_graph=True)
-        self.mask = quantile_mask(frame_saliency(gradient), self.config.quantile)
+        mask = quantile_mask(frame_saliency(gradient), self.config.quantile)
         low, high = pixels.detach().permute(0, 2, 3, 1).aminmax()  # in NHWC five times faster
         draw = torch.rand((), generator=generator, device=pixels.device)
-        blanked = blank_outside(pixels.detach(), self.mask, low + (high - low) * draw)
+        blanked = blank_outside(pixels.detach(), mask, low + (high - low) * draw)
         masked = critic(critic.encode({**seen, "pixels": blanked}), action)
         consistency = consistency_loss(full, masked)
         loss = td_loss(full, target) + self.config.consistency_weight * consistency
         metrics = {"value/q": full[0].detach().mean(), "loss/consistency": consistency.detach()}
-        return CriticLoss(loss, features, metrics)
+        return CriticLoss(loss, features, metrics, Attention(observation, mask))
 
-    def auxiliary_update(
-        self,
-        critic: Any,
-        observation: Observation,
-        action: Tensor,
-        generator: torch.Generator,
-        updates: int,
-    ) -> dict[str, Tensor]:
-        """Teach encoder and decoder to find the mask in a strongly augmented picture."""
-        if updates % self.config.auxiliary_every or self.mask is None:
-            return {}
-        strong = critic.normalize(self.view(observation, generator))
+    def auxiliary_due(self, updates: int) -> bool:
+        """See `CriticMethod.auxiliary_due`."""
+        return updates % self.config.auxiliary_every == 0
+
+    def auxiliary_loss(
+        self, critic: Any, kept: Attention, action: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return how well encoder and decoder find the mask in a strongly augmented picture."""
+        strong = critic.normalize(self.view(kept.observation, generator))
         logits = self.decoder(critic.trunk(critic.encode(strong)), action)
-        loss = attribution_loss(logits, self.mask)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return {"loss/attribution": loss.detach()}
+        loss = attribution_loss(logits, kept.mask)
+        return loss, {"loss/attribution": loss.detach()}
 
     def images(
         self, critic: Any, observation: Observation, action: Tensor

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,7 +36,7 @@ from agents.core.fields import Field, observation_boxes
 from agents.core.greedy import GreedyPolicy
 from agents.core.normalizers import RewardScale
 from agents.core.pictures import overlay_grid
-from agents.core.rollout import TEACHER_ACTION, Experience
+from agents.core.rollout import TEACHER_ACTION, Experience, part_sizes
 from agents.core.saliency import frame_saliency, input_gradient
 from agents.on_policy.actor_value import ActorValue
 from agents.on_policy.config import OnPolicyConfig
@@ -46,7 +46,7 @@ from agents.on_policy.quantile_critic import (
     quantile_loss,
     sample_returns,
 )
-from agents.on_policy.updates import credited, descend, take_in_rewards, value_metrics
+from agents.on_policy.updates import backward, credited, forget, take_in_rewards, value_metrics
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Samples:
 
     def at(self, index: Tensor) -> Samples:
         """Return the samples of these steps."""
-        place = index.to(self.action.device)
+        place = index.to(self.action.device, non_blocking=True)
         taught = self.teacher_action
         return Samples(
             self.action[place],
@@ -116,7 +116,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
                 f"{name} draws at least one real number, which does not fit {action_space}"
             )
         self.distribution: type[Policy] = Gaussian if is_box else Categorical
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.num_envs = config, torch.device(device), num_envs
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = np.random.default_rng(seed)
         spaces = observation_boxes(observation_space)
@@ -138,7 +138,6 @@ class OnPolicyActorCritic(OnPolicyAgent):
             )
         # NHWC convolutions take a tenth to a fifth less time on a CPU.
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.num_envs = num_envs
         self.rewards = RewardScale(num_envs, config.discount).to(self.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True
@@ -268,7 +267,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
     def acted(self, experience: Experience, index: Tensor) -> Policy:
         """Return the distributions from which the actions of these steps were drawn."""
         packed = experience.extras["policy"].flatten(0, 1)
-        return self.distribution.unpacked(packed[index.to(packed.device)])
+        return self.distribution.unpacked(packed[index.to(packed.device, non_blocking=True)])
 
     def minibatches(self, experience: Experience, size: int | None = None) -> Iterator[Tensor]:
         """Yield the step numbers of one pass's minibatches; with a memory, chunks of consecutive steps.
@@ -308,11 +307,33 @@ class OnPolicyActorCritic(OnPolicyAgent):
             loss = loss + config.value_regularization * regularization_loss(policy, value, *again)
         return loss, metrics | {"loss/value": error.detach()}
 
-    def descend(self, loss: Tensor) -> Tensor:
-        """Take one gradient step of what the optimizer holds, and return the gradient's norm before it was scaled."""
-        norm = descend(self.optimizer, loss, self.config.max_gradient_norm)
+    def descend(
+        self, gradients: Callable[..., dict[str, Tensor]], *inputs: Any
+    ) -> dict[str, Tensor]:
+        """Take one gradient step of what the optimizer holds, and return metrics.
+
+        Args:
+            gradients: leaves them, of a minibatch that it is given, and returns metrics; see `Agent.differentiate`.
+            *inputs: the minibatch.
+        """
+        forget(self.optimizer)
+        metrics = self.differentiate(gradients, *inputs)
+        self.optimizer.step()
         self.gradient_updates += 1
-        return norm
+        return metrics
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Leave a loss's gradients, scaled down, in what the optimizer holds, and return their norm before."""
+        return backward(self.optimizer, loss, self.config.max_gradient_norm)
+
+    def gradient_sizes(self) -> set[int]:
+        """See `Agent.gradient_sizes`; those of the minibatches of a rollout that lost no step."""
+        if self.config.memory_size:
+            raise UserError(
+                f"memory_size is {self.config.memory_size}, and stretches of steps that a memory goes through differ "
+                "in length with every minibatch, which cannot be compiled; use --compile off"
+            )
+        return part_sizes(self.config.rollout_length * self.num_envs, self.config.minibatch_size)
 
     def _quantile_critic(self, features: int) -> QuantileCritic:
         config = self.config

@@ -138,6 +138,13 @@ class PolychromicPPO(PPO):
         """Learn from a rollout, and tell how its sets scored."""
         return super().update(batch) | self._set_metrics
 
+    def gradient_sizes(self) -> set[int]:
+        """See `Agent.gradient_sizes`."""
+        raise UserError(
+            "polychromic PPO learns from as many steps as its vines' episodes have, which no compiled minibatch fits; "
+            "use --compile off"
+        )
+
     def learn(self, experience: Experience, samples: Samples) -> dict[str, Tensor]:
         """Take several passes of minibatches, without what came after the vines' own episodes."""
         vines = Vines.of(experience, self.vines)

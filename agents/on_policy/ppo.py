@@ -197,6 +197,18 @@ class PPO(OnPolicyActorCritic):
 
     def step(self, observation: Observation, sample: Samples) -> dict[str, Tensor]:
         """Take one gradient step on a minibatch."""
+        weight = None
+        if sample.teacher_action is not None:
+            config = self.config
+            now = teacher_weight(config.teacher_coefficient, config.teacher_decay, self.agent_steps)
+            if now:  # without one the teacher is only watched
+                weight = torch.full((), now, device=self.device)
+        return self.descend(self.gradients, observation, sample, weight)
+
+    def gradients(
+        self, observation: Observation, sample: Samples, weight: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Leave the gradients of a minibatch's loss; `weight` is that of the teacher's term, 0-d."""
         config = self.config
         policy, value = self.network(observation)
         log_ratio = policy.log_prob(sample.action) - sample.log_prob
@@ -209,12 +221,9 @@ class PPO(OnPolicyActorCritic):
         if sample.teacher_action is not None:
             distance = teacher_loss(policy, sample.teacher_action)
             metrics["loss/teacher"] = distance.detach()
-            weight = teacher_weight(
-                config.teacher_coefficient, config.teacher_decay, self.agent_steps
-            )
-            if weight:  # without one the teacher is only watched
+            if weight is not None:
                 loss = loss + weight * distance
-        norm = self.descend(loss)
+        norm = self.backward(loss)
         return {
             "loss/policy": policy_loss.detach(),
             **metrics,

@@ -121,6 +121,12 @@ class REBEL(OnPolicyActorCritic):
 
     def step(self, observation: Observation, sample: Samples, old: Policy) -> dict[str, Tensor]:
         """Take one gradient step on a minibatch."""
+        return self.descend(self.gradients, observation, sample, old)
+
+    def gradients(
+        self, observation: Observation, sample: Samples, old: Policy
+    ) -> dict[str, Tensor]:
+        """Leave the gradients of a minibatch's loss."""
         config = self.config
         policy, value = self.network(observation)
         log_ratio = policy.log_prob(sample.action) - sample.log_prob
@@ -132,7 +138,7 @@ class REBEL(OnPolicyActorCritic):
             policy_loss = sampled_loss(log_ratio, advantage, config.eta)
         entropy = policy.entropy().mean()
         critic_loss, metrics = self.critic_loss(observation, policy, value, sample.target)
-        norm = self.descend(policy_loss + critic_loss - config.entropy_coefficient * entropy)
+        norm = self.backward(policy_loss + critic_loss - config.entropy_coefficient * entropy)
         return {
             "loss/policy": policy_loss.detach(),
             **metrics,

@@ -181,9 +181,13 @@ class TRPO(OnPolicyActorCritic):
 
     def fit_value(self, observation: Observation, samples: Samples) -> dict[str, Tensor]:
         """Take one gradient step of the value on a minibatch."""
+        return self.descend(self.gradients, observation, samples)
+
+    def gradients(self, observation: Observation, samples: Samples) -> dict[str, Tensor]:
+        """Leave the gradients of the value's loss."""
         policy, value = self.network(observation)
         loss, metrics = self.critic_loss(observation, policy, value, samples.target)
-        return metrics | {"gradient_norm/value": self.descend(loss)}
+        return metrics | {"gradient_norm/value": self.backward(loss)}
 
     def gradient(self, experience: Experience, parts: list[Part]) -> Tensor:
         """Return the gradient of the surrogate, [P]."""

@@ -150,6 +150,20 @@ class VMPO(OnPolicyActorCritic):
 
     def step(self, observation: Observation, sample: Samples, old: Policy) -> dict[str, Tensor]:
         """Take one gradient step of the network, and one of the duals, on a minibatch."""
+        duals = self.duals
+        self.dual_optimizer.zero_grad(set_to_none=True)
+        metrics = self.descend(self.gradients, observation, sample, old)
+        self.dual_optimizer.step()
+        duals.project()
+        return metrics | {
+            "dual/temperature": duals.temperature.detach().clone(),
+            **{f"dual/{name}": p.detach().clone() for name, p in duals.multipliers.items()},
+        }
+
+    def gradients(
+        self, observation: Observation, sample: Samples, old: Policy
+    ) -> dict[str, Tensor]:
+        """Leave the gradients of the network and of the duals."""
         config, duals = self.config, self.duals
         policy, value = self.network(observation)
         log_prob = policy.log_prob(sample.action)
@@ -160,27 +174,18 @@ class VMPO(OnPolicyActorCritic):
         distance = {name: each.mean() for name, each in divergences(old, policy).items()}
         penalty = sum(duals.multipliers[name].detach() * distance[name] for name in distance)
         critic_loss, metrics = self.critic_loss(observation, policy, value, sample.target)
-        norm = self.descend(loss.policy + penalty + critic_loss)
+        norm = self.backward(loss.policy + penalty + critic_loss)
         slack = {name: self.limits[name] - distance[name].detach() for name in distance}
-        self._descend_duals(
-            loss.temperature + sum(duals.multipliers[name] * slack[name] for name in slack)
-        )
+        dual = loss.temperature + sum(duals.multipliers[name] * slack[name] for name in slack)
+        dual.backward()
         return {
             "loss/policy": loss.policy.detach(),
             **metrics,
             "policy/entropy": policy.entropy().mean().detach(),
             "gradient_norm/policy": norm,
-            "dual/temperature": duals.temperature.detach().clone(),
-            **{f"dual/{name}": p.detach().clone() for name, p in duals.multipliers.items()},
             **{f"trust_region/kl_{name}": each.detach() for name, each in distance.items()},
             **policy_gradient.ratio_metrics(log_prob - sample.log_prob, clip=CLIP),
         }
-
-    def _descend_duals(self, loss: Tensor) -> None:
-        self.dual_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.dual_optimizer.step()
-        self.duals.project()
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the modules to save, duals among them."""

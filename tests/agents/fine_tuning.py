@@ -29,7 +29,13 @@ NAMES = sorted(name for name, spec in AGENTS.items() if spec.fine_tunes)
 
 
 def make(
-    name: str, space: gym.Space = STATE, action: gym.Space = CHUNK, *, seed: int = 1, **changes: Any
+    name: str,
+    space: gym.Space = STATE,
+    action: gym.Space = CHUNK,
+    *,
+    seed: int = 1,
+    device: str = "cpu",
+    **changes: Any,
 ) -> Any:
     """Build an agent with tiny networks."""
     values = {**SMALL, **changes}
@@ -40,7 +46,9 @@ def make(
         )
         for config in AGENTS[name].configs
     ]
-    agent = make_agent(name, space, action, configs=configs, seed=seed, num_envs=ENVS)
+    agent = make_agent(
+        name, space, action, configs=configs, seed=seed, device=device, num_envs=ENVS
+    )
     assert isinstance(agent, FineTuner)
     return agent
 
@@ -63,7 +71,7 @@ def collect(
     random = np.random.default_rng(seed)
     rollout = Rollout(
         space, action, length=agent.rollout_length, num_envs=ENVS, frame_stack=2,
-        extras=agent.extras, log=lambda _: None,
+        extras=agent.extras, device=agent.device, log=lambda _: None,
     )  # fmt: skip
     seen = draw(space, random)
     rollout.start(seen)
@@ -75,7 +83,8 @@ def collect(
             final["pixels"] = np.concatenate(
                 [final["pixels"][:, 3:], final["pixels"][:, :3]], axis=1
             )
-        rollout.add(done, random.normal(size=ENVS), ended, ~ended, seen, final, extras=extras)
+        kept = {name: value.cpu() for name, value in extras.items()}
+        rollout.add(done, random.normal(size=ENVS), ended, ~ended, seen, final, extras=kept)
     return rollout
 
 

@@ -23,7 +23,7 @@ SMALL = {
 }
 
 
-def small_agent(name, space=PIXELS, seed=0, **changes):
+def small_agent(name, space=PIXELS, seed=0, device="cpu", **changes):
     """Build an agent with tiny networks."""
     import dataclasses
 
@@ -35,7 +35,7 @@ def small_agent(name, space=PIXELS, seed=0, **changes):
         )
         for config in AGENTS[name].configs
     ]
-    return make_agent(name, space, ACTION, configs=configs, seed=seed)
+    return make_agent(name, space, ACTION, configs=configs, seed=seed, device=device)
 
 
 def observation(space=PIXELS, batch=8, seed=0):

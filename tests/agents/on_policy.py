@@ -33,7 +33,7 @@ def collect(agent, space, action_space, seed=0):
     rng = np.random.default_rng(seed)
     rollout = Rollout(
         space, action_space, length=agent.config.rollout_length, num_envs=ENVS, frame_stack=2,
-        extras=agent.extras, log=lambda _: None,
+        extras=agent.extras, device=agent.device, log=lambda _: None,
     )  # fmt: skip
     seen = draw(space, rng)
     rollout.start(seen)
@@ -47,5 +47,6 @@ def collect(agent, space, action_space, seed=0):
                 k: np.concatenate([p[:, 3:], p[:, :3]], 1) if p.ndim == 4 else p
                 for k, p in final.items()
             }
-        rollout.add(action, reward, terminated, ~terminated, seen, final, extras=extras)
+        kept = {name: value.cpu() for name, value in extras.items()}
+        rollout.add(action, reward, terminated, ~terminated, seen, final, extras=kept)
     return rollout

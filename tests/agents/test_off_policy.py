@@ -128,7 +128,7 @@ def test_sgqn_critic_loss_equals_its_equation_computed_in_separate_passes():
     blanked = critic(critic.encode({"pixels": masked}), action)
     consistency = sum(((a - b) ** 2).mean() for a, b in zip(full, blanked, strict=True))
     torch.testing.assert_close(result.loss, td_loss(full, target) + 0.5 * consistency)
-    assert torch.equal(agent.method.mask, mask)
+    assert torch.equal(result.kept.mask, mask)
     result.loss.backward(inputs=list(critic.parameters()))
     expected = torch.autograd.grad(
         td_loss(full, target) + 0.5 * consistency, list(critic.parameters())
@@ -149,11 +149,9 @@ def test_sgqn_auxiliary_step_trains_encoder_trunk_and_decoder_every_second_updat
     agent = small_agent("sgqn")
     agent.update(transitions())
     before = copy.deepcopy(agent.critic.state_dict())
-    seen, action = observation(), torch.zeros(8, 2)
-    assert (
-        agent.method.auxiliary_update(agent.critic, seen, action, agent.generator, updates=3) == {}
-    )
-    metrics = agent.method.auxiliary_update(agent.critic, seen, action, agent.generator, updates=4)
+    assert [agent.method.auxiliary_due(updates) for updates in (3, 4)] == [False, True]
+    kept = sgqn.Attention(observation(), torch.rand(8, 3, 24, 24) > 0.5)
+    metrics = agent.update_method(kept, torch.zeros(8, 2))
     assert set(metrics) == {"loss/attribution"}
     changed = {
         name.split(".")[0]

@@ -31,10 +31,12 @@ SMALL = {
 }
 
 
-def build(name, space=STATE, action_space=CONTINUOUS, seed=0, **changes):
+def build(name, space=STATE, action_space=CONTINUOUS, seed=0, device="cpu", **changes):
     (config,) = AGENTS[name].configs
     config = dataclasses.replace(config, **{**SMALL, **changes})
-    return make_agent(name, space, action_space, configs=[config], seed=seed, num_envs=ENVS)
+    return make_agent(
+        name, space, action_space, configs=[config], seed=seed, device=device, num_envs=ENVS
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
