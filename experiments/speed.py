@@ -71,7 +71,14 @@ def _measures(
     """Return what measures each part, in order."""
     if {"rendering", "environments", "training", "sb3", "on-policy"} & set(parts):
         resolve_quality("fast")  # before any of them imports a simulator
-    from experiments.measuring import acting, agents, environments, on_policy, training
+    from experiments.measuring import (
+        acting,
+        agents,
+        compiled,
+        environments,
+        on_policy,
+        training,
+    )
 
     measures: dict[str, list[tuple[str, Callable[[float], list[Table]]]]] = {
         "rendering": [
@@ -80,7 +87,10 @@ def _measures(
         ],
         "environments": [("environments", environments.environments)],
         "replay": [("replay", agents.replay)],
-        "updates": [("updates", partial(agents.updates, device=device))],
+        "updates": [
+            ("updates", partial(agents.updates, device=device)),
+            ("compiled updates", partial(compiled.compiled, device=device)),
+        ],
         "training": [("training", partial(training.training, device=device))],
         "sb3": [("Stable-Baselines3", agents.peer)],
         "on-policy": [("on-policy training", on_policy.on_policy)],

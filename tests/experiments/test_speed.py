@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from agents.core.compilation import Program
 from agents.on_policy.ppo import PPOConfig
 from experiments import settings, speed
-from experiments.measuring import agents, environments, on_policy, timing, training
+from experiments.measuring import agents, compiled, environments, on_policy, timing, training
 from experiments.measuring.timing import ROUNDS, Elsewhere, Table, interleave, rates
 
 TINY = 0.02
@@ -274,6 +275,20 @@ def test_updates_are_compared_between_agents_and_formats(monkeypatch: pytest.Mon
     for name in agents.SETTINGS:
         plain, guided = np.array(table.column(name), float)
         assert ratios.column(name) == pytest.approx([plain / guided])
+
+
+def test_compiled_updates_are_compared_with_the_same_ones_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled, "find_preset", lambda *_: settings.PRESETS["debug"])
+    monkeypatch.setattr(Program, "compile", lambda *_: None)
+    ran: list[str] = []
+    run = Program.__call__
+    monkeypatch.setattr(Program, "__call__", lambda *a: ran.append(a[0].name) or run(*a))
+    (table,) = compiled.compiled(TINY, cases=("ppo pixels", "ppo state"))
+    check_whole(table, ["ppo, pixels", "ppo, state"])
+    check_ratio(table, "compiled / eager", "compiled", "eager")
+    assert set(ran) == {"PPO.gradients"}
 
 
 def test_operations_are_counted_forward_and_backward() -> None:
