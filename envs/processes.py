@@ -226,7 +226,8 @@ class Worker:
         if self._process is not None:
             self._process.kill()
             self._process.join(5)
-            self._process.close()
+            if self._process.exitcode is not None:  # on a starved machine the news may come later
+                self._process.close()
         if self._connection is not None:
             self._connection.close()  # a process that was not waited for ends by it
         self._process = self._connection = None

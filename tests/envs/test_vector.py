@@ -13,6 +13,7 @@ import textwrap
 import time
 import warnings
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,18 @@ def test_a_worker_that_dies_between_steps_still_answers_and_drops_the_next_trans
         assert seen["state"][:, 0].tolist() == [state["envs"][0]["t"] + 1, 0]
         assert not following["dropped"].any()
         either.close()
+
+
+def test_closing_does_not_mind_a_worker_whose_end_is_not_told_in_time(monkeypatch) -> None:
+    envs = make(2, 2)
+    envs.reset(seed=5)
+    pids = envs.call("process")
+    monkeypatch.setattr(BaseProcess, "join", lambda self, timeout=None: None)
+    monkeypatch.setattr(BaseProcess, "exitcode", None)
+    envs.close()
+    monkeypatch.undo()
+    psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_a_stopped_worker_that_does_not_take_a_large_state_is_replaced() -> None:
