@@ -59,7 +59,7 @@ def new_demonstrations(given: Mapping[str, Any], task: Mapping[str, Any]) -> dic
     """
     if not given["dataset"]:
         for name in ("demonstration_share", "episodes", "only_successful", "root"):
-            if given.get(name):
+            if given.get(name) is not None and given[name] is not False:  # 0 is a mistake, too
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is given, but no demonstrations; add --dataset")
         return {}

@@ -13,16 +13,18 @@ from tqdm import tqdm
 
 import envs
 from agents.core.base_policy import BasePolicy, BaseStream
+from agents.core.demonstrations import check_steps, checked_actions
 from agents.core.errors import UserError
 from agents.core.fields import is_image, observation_boxes
 from agents.core.mixing import Mixture, add_episode
 from agents.core.replay import Replay
 from agents.off_policy.residual import BASE_ACTION, ResFiT, ResidualLoop, with_base_action
-from agents.policy import load_base, space_to_json
+from agents.policy import BASE, load_base, space_to_json
 from experiments.datasets import Episode
 from experiments.demonstrations import chosen_episodes
 from experiments.frozen_bases import check_spaces, keep_base
 from experiments.session import Session
+from experiments.teachers import weights_digest
 from wrappers.vector import BaseActions, SuccessReward, VectorView
 
 SIDE_BY_SIDE = 16
@@ -46,6 +48,11 @@ class ResidualSession(Session):
         parts = {"observation": space_to_json(space), "action": space_to_json(action_space)}
         check_spaces(self.run, parts)
         self.base = load_base(self.run, device=self.config["device"], imports=True)
+        if weights_digest(self.base.agent) != self.config["base"]["digest"]:
+            raise UserError(
+                f"'{self.run / BASE}' is not the base that this run began with: its weights differ; put that one back, "
+                "or begin a new run"
+            )
         self.agent.take_base(self.base)
         self.base_seed = seeds["exploration"]
         self.envs = self._seen(self.envs)
@@ -88,6 +95,13 @@ def _may_tell(task: str) -> bool:
     return envs.get_spec(task).success or task.startswith("gym/")
 
 
+class DemonstrationReplay(Replay):
+    """A replay of demonstrations, which take as much room as there are."""
+
+    what = "the demonstrations need"
+    smaller = "give fewer --episodes"
+
+
 def load_mixture(
     config: Mapping[str, Any],
     spaces: tuple[gym.Space, gym.Space],
@@ -106,7 +120,7 @@ def load_mixture(
         reward: `task` or `success`.
         share: of every batch.
         base: acts in every episode from its first observation on, whatever was done there.
-        seed: of the batches and of what the base draws.
+        seed: of the run's replay; the batches and what the base draws have streams of their own.
         directory: for data that does not fit the memory.
 
     Raises:
@@ -115,7 +129,9 @@ def load_mixture(
     datasets, work = chosen_episodes(config["demonstrations"])
     space, action_space = spaces
     steps = sum(datasets[name].steps(index) for name, index in work)
-    replay = Replay(
+    # Streams of their own: from the replay's seed both halves of every batch would be drawn by the same numbers.
+    batches, plans = np.random.SeedSequence(seed).spawn(2)
+    replay = DemonstrationReplay(
         with_base_action(space, action_space),
         action_space,
         capacity=max(steps + 2 * len(work), config["env"]["frame_stack"] + 2),  # see `add_episode`
@@ -124,10 +140,10 @@ def load_mixture(
         device=config["device"],
         storage=config["replay_storage"],
         directory=directory,
-        seed=seed,
+        seed=batches,
         log=lambda line: print(line.replace("replay", "demonstrations", 1)),
     )
-    digest, random = hashlib.sha256(), np.random.default_rng(seed)
+    digest, random = hashlib.sha256(), np.random.default_rng(plans)
     starts = range(0, len(work), SIDE_BY_SIDE)
     for start in tqdm(starts, desc="reading", disable=None, leave=False):
         group = []
@@ -164,19 +180,19 @@ def demonstrated(
     """Return an episode as a task's replays take it.
 
     Raises:
-        UserError: it does not fit the task, or does not tell of successes that are asked for.
+        UserError: it does not fit the task, has a number that is not finite or an action outside [-1, 1], or does not
+            tell of successes that are asked for.
     """
     assert action_space.shape is not None
-    actions = np.asarray(episode.actions, np.float32)
-    if actions.ndim != 2 or actions.shape[1:] != action_space.shape or not len(actions):
-        raise UserError(
-            f"{name} has actions of shape {list(actions.shape)}, expected [T, {action_space.shape[0]}]; give "
-            "demonstrations of this task"
-        )
+    actions = checked_actions(name, episode.actions, action_space.shape[0])
     boxes = observation_boxes(space)
     given: Any = episode.observations
     seen = {}
     for key, box in boxes.items():
+        if isinstance(given, Mapping) and key not in given:
+            raise UserError(
+                f"{name} has no '{key}', only {', '.join(sorted(given))}; give demonstrations that show it"
+            )
         values = np.asarray(given[key] if isinstance(given, Mapping) else given)
         shape = box.shape
         if is_image(box):  # of stacks, however deep, the newest picture
@@ -186,15 +202,17 @@ def demonstrated(
                 f"{name} has '{key}' of shape {list(values.shape)}, expected {[len(actions) + 1, *shape]}; give "
                 "demonstrations of this task, seen at this size"
             )
+        check_steps(name, key, values)
         seen[key] = values.astype(box.dtype)
     rewards = np.asarray(episode.rewards, np.float32)
+    check_steps(name, "reward", rewards)
     if reward == "success":
         if "success" not in episode.infos:
             raise UserError(
                 f"{name} does not tell when the task was solved; leave --reward success out"
             )
         rewards = (np.asarray(episode.infos["success"][1:]) > 0).astype(np.float32)
-    return Demonstrated(seen, actions.clip(-1, 1), rewards, bool(episode.terminations[-1]))
+    return Demonstrated(seen, actions, rewards, bool(episode.terminations[-1]))
 
 
 def base_actions(

@@ -140,28 +140,13 @@ class Demonstrations:
                 [-1, 1]; the text names the episode and the step.
         """
         name = name or f"episode {self.episodes}"
-        actions = np.asarray(action, np.float32)
-        expected = tuple(self._columns["action"].shape[1:])
-        if actions.ndim != 2 or actions.shape[1:] != expected:
-            raise UserError(
-                f"{name} has actions of shape {actions.shape}, expected [T, {expected[0]}]; give demonstrations of "
-                "this task, with one action a step"
-            )
+        actions = checked_actions(name, action, self._columns["action"].shape[1])
         count = len(actions)
-        if count == 0:
-            raise UserError(f"{name} is empty: no action was taken; leave it out")
         if self._added + count > len(self._first):
             raise UserError(f"{name} does not fit: the store was made for {len(self._first)} rows")
-        _check_finite(name, "action", actions)
-        if (beyond := np.abs(actions) > 1 + TOLERANCE).any():
-            step = int(np.argwhere(beyond)[0, 0])
-            raise UserError(
-                f"{name}, step {step}: an action is {actions[beyond][0]:g}, outside [-1, 1]; collect "
-                "demonstrations with this task's own action space"
-            )
         parts = self._parts(name, observation, count)
         rows = slice(self._added, self._added + count)
-        parts["action"] = actions.clip(-1, 1)
+        parts["action"] = actions
         for key, values in parts.items():
             values = np.ascontiguousarray(values)
             self._hash.update(values.tobytes())
@@ -195,7 +180,7 @@ class Demonstrations:
             values = (
                 values[:count] if is_image(self._boxes[key]) else values[:count].astype(np.float32)
             )
-            _check_finite(name, key, values)
+            check_steps(name, key, values)
             parts[key] = values
         return parts
 
@@ -257,8 +242,41 @@ class Demonstrations:
         self.generator.bit_generator.state = state["generator"]
 
 
-def _check_finite(name: str, part: str, values: np.ndarray) -> None:
-    """Name the first step of [T, ...] with a number that is not finite."""
+def checked_actions(name: str, action: Any, numbers: int) -> np.ndarray:
+    """Return an episode's actions as they are learned from, float32 [T, A] in [-1, 1].
+
+    Args:
+        name: of the episode in messages.
+        action: [T, A].
+        numbers: A.
+
+    Raises:
+        UserError: there are none, or they are of another shape, not finite or outside [-1, 1].
+    """
+    actions = np.asarray(action, np.float32)
+    if actions.ndim != 2 or actions.shape[1] != numbers:
+        raise UserError(
+            f"{name} has actions of shape {actions.shape}, expected [T, {numbers}]; give demonstrations of this task, "
+            "with one action a step"
+        )
+    if not len(actions):
+        raise UserError(f"{name} is empty: no action was taken; leave it out")
+    check_steps(name, "action", actions)
+    if (beyond := np.abs(actions) > 1 + TOLERANCE).any():
+        step = int(np.argwhere(beyond)[0, 0])
+        raise UserError(
+            f"{name}, step {step}: an action is {actions[beyond][0]:g}, outside [-1, 1]; collect demonstrations with "
+            "this task's own action space"
+        )
+    return actions.clip(-1, 1)
+
+
+def check_steps(name: str, part: str, values: np.ndarray) -> None:
+    """Refuse a part of an episode, [T, ...], that is not finite.
+
+    Raises:
+        UserError: names the first step that is not.
+    """
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         step = int(np.argwhere(~np.isfinite(values))[0, 0])
         bad = values[step][~np.isfinite(values[step])].flat[0]

@@ -96,6 +96,8 @@ class Replay(Rows):
         UserError: when the storage has too little room, or spaces that cannot be stored are given.
     """
 
+    what: ClassVar[str] = "the replay needs"
+    """What is to be stored, with its verb, in messages."""
     smaller: ClassVar[str] = "lower --replay-capacity or --size"
     """What to do where there is too little room."""
 
@@ -135,7 +137,9 @@ class Replay(Rows):
             extras=extras,
         )
         device = torch.empty(0, device=device).device  # with its index, as tensors have it
-        storage, line = choose_storage(storage, self.nbytes, device, directory, remedy=self.smaller)
+        storage, line = choose_storage(
+            storage, self.nbytes, device, directory, what=self.what, remedy=self.smaller
+        )
         log(f"replay: {num_envs * ring:,} rows, {line}")
         super().__init__(
             _row_fields(observation_space, action_space, frame_stack, self._extras),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import envs
 from agents import Policy
+from agents.core import fields
 from agents.core.base_policy import BaseStream
 from agents.core.errors import UserError
 from agents.off_policy.residual import BASE_ACTION, ResFiT
@@ -24,6 +28,7 @@ from experiments.compare import difference, final_state, run_difference
 from experiments.datasets import Dataset
 from experiments.evaluate import evaluate_run
 from experiments.residual_session import base_actions, demonstrated, load_mixture
+from experiments.teachers import weights_digest
 from experiments.train import main
 from tests.experiments.helpers import arguments, as_arguments, assert_same_run, metrics, resume
 from tests.experiments.helpers import train as train_any
@@ -235,6 +240,8 @@ def test_base_actions_of_demonstrations_are_those_of_the_base_alone_in_each(
         expected = [stream.act({"state": row[None]})[0] for row in seen["state"]]
         np.testing.assert_allclose(found, expected, atol=1e-6)
     mixture = load_mixture(read_config(run), spaces, "success", 1.0, base, seed=0)
+    own = np.random.default_rng(0).bit_generator.state
+    assert mixture.demonstrations.generator_state != own, "drawn by the numbers of the run's replay"
     batch = mixture.sample(mixture.demonstrations, 300, n_step=1, discount=0.9)
     told = {
         tuple(np.round(state, 5)): success
@@ -246,6 +253,71 @@ def test_base_actions_of_demonstrations_are_those_of_the_base_alone_in_each(
     for state, reward in zip(batch.observation["state"].numpy(), batch.reward, strict=True):
         assert told[tuple(np.round(state, 5))] == reward
     assert 0 < batch.reward.mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"actions": np.full((STEPS, 2), 1.5)}, "E1, step 0: an action is 1.5, outside [-1, 1]"),
+        ({"actions": np.zeros((STEPS, 3))}, "E1 has actions of shape"),
+        ({"actions": np.zeros((0, 2))}, "E1 is empty"),
+        ({"rewards": np.array([*[0.0] * (STEPS - 1), np.nan])}, f"E1, step {STEPS - 1}: 'reward' is nan"),
+        ({"observations": {"state": np.full((STEPS + 1, 4), np.inf)}}, "E1, step 0: 'state' is inf"),
+        ({"observations": {"left": np.zeros((STEPS + 1, 4))}}, "E1 has no 'state', only left"),
+    ],
+)  # fmt: skip
+def test_a_damaged_demonstration_is_named(
+    change: dict[str, Any], said: str, made: Path, tmp_path: Path
+) -> None:
+    episode = Dataset(made / "data", "reach/expert-v0").read(0)
+    space, action = (gym.spaces.Box(-1, 1, (size,), np.float32) for size in (4, 2))
+    assert demonstrated(episode, space, action, "task", "E1").action.shape == (STEPS, 2)
+    with pytest.raises(UserError, match=re.escape(said)):
+        demonstrated(dataclasses.replace(episode, **change), space, action, "task", "E1")
+
+
+def test_demonstrations_that_do_not_fit_say_what_makes_them_fewer(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base: Any = None  # nobody is asked
+    space, action = (gym.spaces.Box(-1, 1, (size,), np.float32) for size in (4, 2))
+    about = {
+        "root": made / "data",
+        "datasets": ["reach/expert-v0"],
+        "episodes": None,
+        "only_successful": False,
+    }
+    config = {
+        "demonstrations": about, "env": {"frame_stack": 1}, "device": "cpu", "replay_storage": "ram",
+    }  # fmt: skip
+    monkeypatch.setattr(fields, "free_bytes", lambda *_: 0)
+    with pytest.raises(UserError, match=r"the demonstrations need .* give fewer --episodes"):
+        load_mixture(config, (space, action), "task", 0.5, base, seed=0)
+
+
+def test_another_base_in_the_runs_own_folder_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(made, tmp_path / "run", "ppo-reach", steps=4)
+    other = train_any(
+        "ppo", "toy/reach", tmp_path / "other", steps=8, observation="state", episode_length=STEPS, seed=9
+    )  # fmt: skip
+    for folder in (run / "base", other):
+        assert read_config(folder)["agent"] == "ppo"
+    shutil.rmtree(run / "base")
+    shutil.copytree(other, run / "base")
+    assert "is not the base that this run began with" in refused(
+        capsys, ["--resume", str(run), "--steps", "8"]
+    )
+
+
+def test_a_base_below_the_base_is_a_part_of_its_digest(made: Path, tmp_path: Path) -> None:
+    agent = Policy.load(train(made, tmp_path / "run", "bc", steps=2)).agent
+    assert isinstance(agent, ResFiT)
+    assert agent.base is not None
+    before = weights_digest(agent)
+    next(iter(agent.base.agent.networks()["average"].parameters())).data.add_(1)
+    assert weights_digest(agent) != before
 
 
 def test_it_teaches_others_and_they_resume_exactly(made: Path, tmp_path: Path) -> None:
@@ -288,6 +360,7 @@ def test_changed_demonstrations_are_refused_on_resume(
         ("toy/reach", {"dataset": "reach/expert-v0", "action_repeat": 2}, "has action_repeat 1, this task 2"),
         ("toy/reach", {"dataset": "reach/expert-v0", "episodes": 0}, "--episodes is 0"),
         ("toy/reach", {"demonstration_share": 0.25}, "no demonstrations; add --dataset"),
+        ("toy/reach", {"episodes": 0}, "--episodes is given, but no demonstrations"),
         ("toy/balance", {"base": "sac-balance", "reward": "success"}, "does not tell whether it is solved"),
         ("toy/reach", {"residual_scale": 3}, "residual_scale is 3.0"),
     ],
