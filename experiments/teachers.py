@@ -15,6 +15,7 @@ from agents import AGENTS, Policy
 from agents.baselines import BASELINE, load_sb3
 from agents.core.agent import Agent
 from agents.core.errors import UserError
+from agents.off_policy.residual import ResFiT
 from agents.policy import Actor, read_config, space_to_json
 from agents.registry import find
 from experiments.baseline_policy import is_zip
@@ -111,8 +112,12 @@ def _load_run(
 
 
 def weights_digest(agent: Agent) -> str:
-    """Return SHA-256 over the names, kinds and values of an agent's weights."""
-    return networks_digest(agent.networks())
+    """Return SHA-256 over the names, kinds and values of all weights by which an agent acts."""
+    networks, below, depth = dict(agent.networks()), agent, 0
+    while isinstance(below, ResFiT) and below.base is not None:
+        below, depth = below.base.agent, depth + 1
+        networks |= {f"{'base.' * depth}{name}": net for name, net in below.networks().items()}
+    return networks_digest(networks)
 
 
 def networks_digest(networks: Mapping[str, nn.Module]) -> str:

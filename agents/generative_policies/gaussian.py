@@ -43,7 +43,7 @@ class GaussianConfig(ConditionConfig):
         for name in ("horizon", "width", "blocks", "feature_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
-        if not self.smallest_std > 0:
+        if not 0 < self.smallest_std < math.inf:
             raise UserError(f"smallest_std is {self.smallest_std}; give a positive number")
 
 

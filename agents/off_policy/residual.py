@@ -11,7 +11,8 @@ Differences from the published code:
 - The base's action goes into the critics, too; there it goes into the actor alone. A base that executes chunks does
   not act by what is seen now, so what it does now tells of what it will do next.
 - Encoders of this suite with a projection (`encoder`, `feature_dim`) instead of a one-layer vision transformer with
-  spatial embeddings; Adam instead of AdamW; gradients are not clipped; the loss is the squared error alone.
+  spatial embeddings; Adam instead of AdamW; gradients are not clipped.
+- The loss is the squared error of every critic by itself; there it is the square of their mean absolute error.
 - An action at the border of its range passes the gradient on (as in DrQ-v2): cut off there, a residual that has once
   left the range would never come back.
 - The updates of the critics alone are taken while the agent acts, not at once after the random steps.

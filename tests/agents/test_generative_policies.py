@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import gymnasium as gym
@@ -418,6 +419,12 @@ def test_a_gaussian_policys_loss_is_its_negative_log_likelihood() -> None:
     spread = drawn.flatten(1).std(0)[inside]
     torch.testing.assert_close(spread, std.flatten()[inside], rtol=0.06, atol=0)
     assert torch.equal(policy.sample(seen), mean.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("floor", [0.0, -1.0, math.inf, math.nan])
+def test_an_impossible_floor_of_the_spread_is_refused(floor: float) -> None:
+    with pytest.raises(UserError, match="smallest_std"):
+        GaussianConfig(smallest_std=floor)
 
 
 def test_a_gaussians_spread_grows_back_from_its_floor() -> None:
