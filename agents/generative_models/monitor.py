@@ -71,8 +71,10 @@ class MonitorSettings:
                 f"{self.eval_images} images of {self.eval_prompts} prompts have no distances to measure; give 2 of "
                 "each prompt or more"
             )
-        if self.patience < 0 or self.tolerance < 0 or not self.most_kl > 0:
+        if self.patience < 0 or not self.tolerance >= 0 or not self.most_kl > 0:
             raise UserError("patience and tolerance are 0 or more, most_kl is more than 0")
+        if math.isnan(self.least_recall):
+            raise UserError("least_recall is nan; give a share in [0, 1]")
 
 
 @dataclass(frozen=True)

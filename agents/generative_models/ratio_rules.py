@@ -30,6 +30,9 @@ from torch import Tensor
 from agents.core.chain_steps import Step
 from agents.core.sampling import Sampler
 
+LARGEST_POWER = 88.0
+"""Log-ratio whose exponential float32 still holds."""
+
 Reduction = Literal["mean", "sum"]
 StepWeight = Literal["none", "gain", "noise"]
 
@@ -54,9 +57,10 @@ def clip_bounds(width: float, dimension: int, how: Reduction) -> ClipBounds:
     each = width / math.sqrt(dimension)
     if how == "mean":
         return ClipBounds(each, each)
-    return ClipBounds(
-        -math.expm1(dimension * math.log1p(-each)), math.expm1(dimension * math.log1p(each))
-    )
+    # A clip may be as wide as to bound nothing: below, a ratio ends at 0; above, powers leave the floats.
+    low = 1.0 if each >= 1 else -math.expm1(dimension * math.log1p(-each))
+    power = dimension * math.log1p(each)
+    return ClipBounds(low, math.expm1(power) if power < LARGEST_POWER else math.inf)
 
 
 def reduced(values: Tensor, how: Reduction) -> Tensor:

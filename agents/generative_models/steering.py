@@ -55,7 +55,7 @@ class SteeringSettings:
             raise UserError(
                 f"{self.particles} particles, a look every {self.every} steps; give at least 2, and at least 1"
             )
-        if not math.isfinite(self.strength) or self.least_effective < 0:
+        if not 0 <= self.strength < math.inf or not 0 <= self.least_effective < math.inf:
             raise UserError(
                 f"strength is {self.strength}, least_effective {self.least_effective}; give finite numbers, 0 or more"
             )
@@ -198,6 +198,16 @@ class NoiseSearchSettings:
     """Weight of the noise's negative log-likelihood by its length."""
     max_gradient_norm: float = 0.1
     """The reward's and the regularizer's gradient of each image is scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no noise can be improved with."""
+        if self.iterations < 0:
+            raise UserError(f"iterations is {self.iterations}; give 0 or more")
+        for name in ("learning_rate", "max_gradient_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        if not 0 <= self.regularization < math.inf:
+            raise UserError(f"regularization is {self.regularization}; give 0 or more")
 
 
 @dataclass(frozen=True)

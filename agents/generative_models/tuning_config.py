@@ -24,6 +24,8 @@ Surrogate = Literal[
     "ppo_clip", "reinforce", "dual_clip", "masked", "divergence", "spo", "asymmetric"
 ]
 Credit = Literal["group", "leave_one_out", "history", "value"]
+WindowMoves = Literal["progressive", "random"]
+Preference = Literal["dpo", "ipo"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class TuningConfig:
     """Time shift of flows: above 1, more steps near the noise (3 for 1024 px; 1 where d is small)."""
     window: int = 0
     """Stochastic steps of a chain, one after the other, the rest deterministic (MixGRPO 4); 0 for all."""
-    window_moves: Literal["progressive", "random"] = "progressive"
+    window_moves: WindowMoves = "progressive"
     """From noise to data every `window_every` iterations, then again; or anew at random in each one."""
     window_every: int = 25
     """Iterations between two moves of a progressive window (MixGRPO 25)."""
@@ -91,7 +93,7 @@ class TuningConfig:
     kl: float = 0.04
     """Weight of each step's KL to the reference, per number (Flow-GRPO .04 or .01; 0 for none)."""
     # ---------------------------------------------------------------------------- other objectives
-    preference: Literal["dpo", "ipo"] = "dpo"
+    preference: Preference = "dpo"
     """Loss of a pair, the best and the worst image of a prompt."""
     beta: float = 0.3
     """Of that loss, for log-ratios that are sums (Diffusion-DPO: 5000 / 16,384)."""
@@ -124,9 +126,12 @@ class TuningConfig:
         ("shift beta clip advantage_limit max_gradient_norm", positive, "a positive number"),
         ("learning_rate value_learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
         ("step_share", lambda value: 0 < value <= 1, "a share above 0, up to 1"),
+        ("reward_ceiling", lambda value: not math.isnan(value), "a number"),
         ("guidance", not_negative, "0 or more"),
         *((name, get_args(kind).__contains__, f"one of {', '.join(get_args(kind))}") for name, kind in (
-            ("objective", Objective), ("noise", Noise), ("surrogate", Surrogate), ("credit", Credit))),
+            ("objective", Objective), ("noise", Noise), ("surrogate", Surrogate), ("credit", Credit),
+            ("spread", Spread), ("log_prob", Reduction), ("step_weight", StepWeight), ("preference", Preference),
+            ("window_moves", WindowMoves))),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -102,6 +102,17 @@ def test_a_clip_means_the_same_for_means_and_sums(dimension):
         assert 10 < int(clipped[0].sum()) < 16
 
 
+@pytest.mark.parametrize("width", [20.0, 60.0, math.inf])
+def test_a_wide_clip_bounds_nothing_above(width):
+    """Its bound as a sum's leaves the floats; below, no ratio is under 0."""
+    bounds = ratio_rules.clip_bounds(width, 3072, "sum")
+    assert bounds.low == 1
+    assert bounds.high == math.inf
+    x = torch.tensor([-3.0, 0.0, 3.0, 200.0], requires_grad=True)
+    loss = ppo_clip(x, torch.ones(4), clip=bounds.low, clip_high=bounds.high)
+    assert (torch.autograd.grad(loss.sum(), x)[0] < 0).all()
+
+
 def test_published_clips_come_out_where_they_were_tuned():
     assert ratio_rules.clip_bounds(METHODS["ddpo"].config().clip, 16_384, "mean").low == (
         pytest.approx(1e-4)
@@ -558,6 +569,12 @@ def test_bad_rewards_are_named(reward, match):
         ({"step_share": 0.0}, "share above 0"),
         ({"clip": -1.0}, "clip is -1.0"),
         ({"surrogate": "ppo"}, "surrogate is ppo"),
+        ({"log_prob": "median"}, "log_prob is median"),
+        ({"spread": "all"}, "spread is all"),
+        ({"step_weight": "gains"}, "step_weight is gains"),
+        ({"preference": "kto"}, "preference is kto"),
+        ({"window_moves": "back"}, "window_moves is back"),
+        ({"reward_ceiling": math.nan}, "reward_ceiling is nan"),
         ({"objective": "imitation", "best": 4}, "fewer than all"),
         ({"objective": "imitation", "ratio_norm": True}, "ratio_norm"),
     ],

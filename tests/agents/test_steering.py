@@ -158,6 +158,14 @@ def test_impossible_steering_is_refused():
         fk_steer(noisy, denoiser, linear, start, None, draws(), SteeringSettings(4))
     with pytest.raises(UserError, match="1 particles"):
         SteeringSettings(1)
+    for bad in ({"strength": -1.0}, {"strength": math.nan}, {"least_effective": math.nan}):
+        with pytest.raises(UserError, match="0 or more"):
+            SteeringSettings(**bad)
+    for name in ("iterations", "learning_rate", "regularization", "max_gradient_norm"):
+        with pytest.raises(UserError, match=f"{name} is -1"):
+            NoiseSearchSettings(**{name: -1})
+    with pytest.raises(UserError, match="learning_rate is nan"):
+        NoiseSearchSettings(learning_rate=math.nan)
     with pytest.raises(UserError, match="deterministic"):
         optimize_noise(noisy, denoiser, linear, start, None, NoiseSearchSettings())
     with pytest.raises(UserError, match="no gradient"):
