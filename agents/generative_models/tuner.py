@@ -42,7 +42,8 @@ class GeneratorTuner(Learner):
         reference: the model as it was, frozen.
         dimension: d, numbers of a sample.
         iterations: so far.
-        evaluations: samples that went through a denoiser so far, the reference's and both halves of guidance included.
+        evaluations: samples that went through a denoiser so far, the reference's and both halves of guidance included;
+            a loop leaves its evaluations out.
         scored: images that the reward has seen so far.
     """
 

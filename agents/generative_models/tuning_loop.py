@@ -111,6 +111,10 @@ class TuningLoop(RunLoop):
 
     def run(self) -> LoopState:
         """See `RunLoop.run`; it ends, too, when the monitor says so."""
+        if self.stopped:
+            self.hooks.line(
+                f"the monitor has stopped this run: {self.stopped}; --patience 0 goes on"
+            )
         asked = self.hooks.stop
         self.hooks.stop = lambda: asked() or self.stopped is not None
         return super().run()
@@ -129,21 +133,35 @@ class TuningLoop(RunLoop):
         }
 
     def set_own_parts(self, parts: Mapping[str, Any]) -> None:
-        """See `RunLoop.set_own_parts`."""
+        """See `RunLoop.set_own_parts`; a run that the monitor has ended stays so unless its settings have changed."""
         self.prompts.set_state(parts["prompts"])
         self.monitor.set_state(parts["monitor"]["history"])
+        self.stopped = self.monitor.why_stop()
 
     def _step(self) -> None:
-        progress, scored = self.state.progress, self.agent.scored
-        with named_memory_errors():
-            self.metrics.append(self.agent.update(self.prompts.take(self.agent.config.prompts)))
+        agent, progress, scored = self.agent, self.state.progress, self.agent.scored
+        updates = agent.gradient_updates
+        before = (self.prompts.get_state(), agent.generator.get_state(), agent.extra_state())
+        try:
+            with named_memory_errors():
+                self.metrics.append(agent.update(self.prompts.take(agent.config.prompts)))
+        except UserError:
+            # A reward that breaks does so before anything is learned: the iteration is taken back whole, and drawn
+            # again when the reward is mended.
+            if agent.gradient_updates == updates:
+                self.prompts.set_state(before[0])
+                agent.generator.set_state(before[1])
+                agent.load_extra_state(before[2])
+            raise
         self._images += self.agent.scored - scored
         progress.agent_steps += 1
         progress.gradient_updates = self.agent.gradient_updates
 
     def _evaluate(self) -> None:
+        spent = self.agent.evaluations
         with named_memory_errors():
             super()._evaluate()
+        self.agent.evaluations = spent  # the budget is training's, as that of rewards is
         self.stopped = self.monitor.why_stop()
         if self.stopped:
             self.hooks.line(f"the monitor stops the run: {self.stopped}")

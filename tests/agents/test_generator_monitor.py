@@ -227,6 +227,19 @@ def test_the_monitor_stops_the_loop_and_the_best_is_kept(tmp_path):
     assert "hacked" in loop.stopped
     best = CheckpointStore(tmp_path).load("best")
     assert best["progress"]["agent_steps"] == 0
+    loop.logger.close()
+    options = {
+        "model": toy_generator(),
+        "learning_rate": 0.05,
+        "kl": 0.0,
+        "group": 8,
+        "resume": True,
+    }
+    again, lines = loop_of(tmp_path, steps=60, settings=SETTINGS, **options)
+    assert again.run().progress.agent_steps == state.progress.agent_steps
+    assert "--patience 0" in lines[0]
+    further, _ = loop_of(tmp_path, steps=state.progress.agent_steps + 1, **options)
+    assert further.run().progress.agent_steps == state.progress.agent_steps + 1
 
 
 def test_a_diverged_run_names_what_is_not_finite_and_keeps_its_checkpoint(tmp_path, monkeypatch):
@@ -256,7 +269,29 @@ def test_a_reward_that_breaks_loses_nothing(tmp_path):
     loop.monitor.rewards["proxy"] = redness
     with pytest.raises(UserError, match="one number for each"):
         loop.run()
+    loop.logger.close()
     assert CheckpointStore(tmp_path).latest().name == "step-000000005"
+    rest, _ = loop_of(tmp_path, steps=8, model=tiny_network(seed=7), resume=True)
+    rest.run()
+    whole, _ = loop_of(tmp_path / "whole", steps=8)
+    whole.run()
+    assert rest.agent.extra_state() == whole.agent.extra_state()
+    for key, value in whole.agent.model.state_dict().items():
+        assert torch.equal(value, rest.agent.model.state_dict()[key]), key
+
+
+def test_the_budget_is_training_s_alone_and_the_same_after_a_resume(tmp_path):
+    """Evaluations draw images and a resume draws the base's again: none of that is what learning costs."""
+    whole, _ = loop_of(tmp_path / "whole")
+    whole.run()
+    # 4 iterations of 6 images: 3 steps of drawing, and 2 of learning with the reference beside.
+    assert whole.agent.evaluations == 4 * 6 * (3 + 2 * 2)
+    half, _ = loop_of(tmp_path / "half", steps=2)
+    half.run()
+    half.logger.close()
+    rest, _ = loop_of(tmp_path / "half", resume=True)
+    rest.run()
+    assert rest.agent.evaluations == whole.agent.evaluations
 
 
 def test_missing_memory_says_which_settings_to_lower():
@@ -285,6 +320,8 @@ def test_settings_that_measure_nothing_are_refused():
         {"eval_prompts": 0},
         {"eval_prompts": 1, "eval_images": 2},
         {"most_kl": 0.0},
+        {"tolerance": math.nan},
+        {"least_recall": math.nan},
     ):
         with pytest.raises(UserError):
             MonitorSettings(**bad)
