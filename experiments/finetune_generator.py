@@ -86,8 +86,8 @@ def parser(method: str) -> Parser:
     p.add_argument("--reward", default=DEFAULT_REWARD, metavar="NAME",
                    help="what is optimized: names and sums such as compressibility:0.5+shapes, or module:function; see "
                    f"agents.generative_models.rewards [{DEFAULT_REWARD}]")  # fmt: skip
-    p.add_argument("--gold", metavar="NAME", help="what is measured and not optimized [classifier for shapes, else "
-                   "drawings_strict]")  # fmt: skip
+    p.add_argument("--gold", metavar="NAME", help="what is measured and not optimized [classifier for shapes and "
+                   "drawings, else drawings_strict]")  # fmt: skip
     p.add_argument("--prompt-file", type=Path, metavar="FILE", help="training prompts, one in each line "
                    "[combinations that the base was pretrained on]")  # fmt: skip
     p.add_argument(
@@ -189,14 +189,19 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
             (given["held_out"], counts["report_prompts"] + monitor.eval_prompts, True),
         )
     )
-    monitored, held_out = split_held_out(apart, monitor.eval_prompts)
+    apart = without_trained(apart, prompts, given["held_out"])
+    reported = counts["report_prompts"] if given["held_out"] is None else None
+    monitored, held_out = split_held_out(apart, monitor.eval_prompts, reported)
+    gold = given["gold"] or default_gold(given["reward"])
+    if gold == given["reward"]:
+        raise UserError(f"--gold is {gold}, which is optimized; give a reward that is not")
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "command": COMMAND,
         "base": str(given["base"].resolve()),
         "method": method,
         "reward": given["reward"],
-        "gold": given["gold"] or default_gold(given["reward"]),
+        "gold": gold,
         "tuning": to_dict(tuning),
         "monitor": to_dict(monitor),
         "loop": to_dict(fill(TuningSettings(), values, given)),
@@ -211,7 +216,9 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
         "preset": given["preset"],
     }
     if method in STEERING:
-        config["steering"] = to_dict(fill(STEERING[method][1], values, given))
+        # A preset's step size is that of training a network, not of moving a noise.
+        own = {name: value for name, value in values.items() if name not in names(TuningConfig)}
+        config["steering"] = to_dict(fill(STEERING[method][1], own, given))
     return config
 
 
@@ -233,6 +240,32 @@ def resume_config(config: dict[str, Any], given: dict[str, Any], argv: Sequence[
         config[part] |= {name: given[name] for name in RESUMABLE if name in given and name in own}
 
 
+def without_trained(held_out: list[str], trained: list[str], file: Path | None) -> list[str]:
+    """Return held-out prompts that are not trained on.
+
+    Args:
+        held_out: as they were drawn, or read from a file.
+        trained: prompts of training.
+        file: that they were read from.
+
+    Raises:
+        UserError: a file holds some that are trained on, or nothing is left.
+    """
+    known = set(trained)
+    apart = [prompt for prompt in held_out if prompt not in known]
+    if file is not None and len(apart) < len(held_out):
+        first = next(prompt for prompt in held_out if prompt in known)
+        raise UserError(
+            f"'{file}' is to hold prompts that are not trained on; remove '{first}' and others from it, or from "
+            "the training prompts"
+        )
+    if not apart:
+        raise UserError(
+            "all held-out combinations are among the training prompts; give --held-out FILE"
+        )
+    return apart
+
+
 def drawings_of(base: Path) -> dict[str, Any] | None:
     """Return the settings of the drawings that a base was pretrained on; None where its folder says nothing."""
     if not base.exists():
@@ -240,12 +273,18 @@ def drawings_of(base: Path) -> dict[str, Any] | None:
             f"there is no generator in '{base}'; give --base a run of python -m experiments.pretrain_generator"
         )
     file = base / "config.json"
-    return json.loads(file.read_text()).get("drawings") if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"'{file}' is damaged ({error}); restore it or train anew") from error
+    return config.get("drawings") if isinstance(config, dict) else None
 
 
 def default_gold(reward: str) -> str:
     """Return what is measured beside a reward: a learned judge beside ShapesEval, and that beside all others."""
-    return "classifier" if "shapes" in reward else "drawings_strict"
+    return "classifier" if "shapes" in reward or "drawings" in reward else "drawings_strict"
 
 
 def run_name(config: dict[str, Any]) -> str:

@@ -55,7 +55,12 @@ class FineTuningSession:
         self.settings = from_dict(TuningSettings, config["loop"])
         self.rewards = rewards_of(config)
         seed_libraries(seeds["agent"])
-        base = load_generator(config["base"])
+        self.checkpoints = CheckpointStore(
+            run, keep=self.settings.keep_checkpoints, identity={"generator": config["command"]}
+        )
+        goes_on = resume and self.checkpoints.latest() is not None
+        # A run has all of its base: where that is now, or what has become of it, does not matter.
+        base = load_generator(run if goes_on else config["base"])
         check_prompts(base, [*config["prompts"], *config["monitored"], *config["held_out"]])
         self.monitor = Monitor(
             config["monitored"],
@@ -68,10 +73,6 @@ class FineTuningSession:
         tuner = make_tuner(
             base, self.rewards["proxy"], about, device=config["device"], seed=seeds["exploration"]
         )
-        self.checkpoints = CheckpointStore(
-            run, keep=self.settings.keep_checkpoints, identity={"generator": config["command"]}
-        )
-        goes_on = resume and self.checkpoints.latest() is not None
         parts = self.checkpoints.load() if goes_on else None
         done = parts["progress"]["agent_steps"] if parts else 0
         self.logger = Logger(run, resume_from=done if resume else None)
@@ -137,7 +138,7 @@ class FineTuningSession:
 
     def report(self) -> Path:
         """Write the run's report: the base against the checkpoint of the most gold, on held-out prompts."""
-        model = self.best()
+        model, spent = self.best(), self.tuner.evaluations
         count = self.monitor.settings.eval_images
         before, after = (
             draw(some, self.config["held_out"], count, self.config)
@@ -158,7 +159,7 @@ class FineTuningSession:
             notes=[
                 f"After is the checkpoint of the most gold, iteration {self._best_step} of "
                 f"{self.loop.state.progress.agent_steps}.",
-                f"Budget: {self.tuner.evaluations:,} denoiser evaluations, {self.tuner.scored:,} rewards, "
+                f"Budget: {spent:,} denoiser evaluations, {self.tuner.scored:,} rewards, "
                 f"{self.loop.state.progress.wall_seconds / 60:.1f} min.",
                 *([f"The monitor stopped the run: {stopped}."] if stopped else []),
             ],
@@ -167,7 +168,7 @@ class FineTuningSession:
     def best(self) -> ImageGenerator:
         """Return the model at the evaluation of the most gold."""
         parts = self.checkpoints.load("best")
-        model = load_generator(self.config["base"]).to(self.tuner.device)
+        model = load_generator(self.run).to(self.tuner.device)
         model.load_state_dict(parts["agent"]["networks"]["model"])
         self._best_step = parts["progress"]["agent_steps"]
         return model.eval()
@@ -225,13 +226,18 @@ def check_prompts(base: ImageGenerator, prompts: list[str]) -> None:
     base.vocabulary.tokens(prompts)
 
 
-def split_held_out(prompts: list[str], monitored: int) -> tuple[list[str], list[str]]:
+def split_held_out(
+    prompts: list[str], monitored: int, reported: int | None = None
+) -> tuple[list[str], list[str]]:
     """Return prompts of the monitor and of the report, apart: the monitor chooses the checkpoint that is reported.
 
     Args:
         prompts: held out from training; fewer than four serve both.
-        monitored: prompts of the monitor, at most half of all.
+        monitored: prompts of the monitor; where there are too few for both, at most half of all.
+        reported: prompts of the report; None for all others.
     """
+    if reported is not None and len(prompts) >= monitored + reported:
+        return prompts[:monitored], prompts[monitored : monitored + reported]
     if len(prompts) < 4:
         return prompts, prompts
     count = min(monitored, len(prompts) // 2)
@@ -263,7 +269,7 @@ def choose_prompts(
             raise UserError(f"'{file}' holds no prompts; write one in each line")
         return prompts
     if about is None:
-        flag = "--held-out" if held_out else "--prompts"
+        flag = "--held-out" if held_out else "--prompt-file"
         raise UserError(f"the base says nothing of prompts; give {flag} FILE, one in each line")
     settings, random = from_dict(DrawingSettings, about), np.random.default_rng(seed)
     scenes = settings.scenes(8 * count, random, held_out=held_out)

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = tuned / FOLDER / "report.md"
     common = {"preset": given.preset, "seed": given.seed}
     method = {"method": given.method, "reward": given.reward}
+    if given.gold:
+        method["gold"] = given.gold
     check_same(base, pretrain_generator.COMMAND, common)
     check_same(tuned, finetune_generator.COMMAND, common | method)
     if not is_trained(base):
@@ -54,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code or not is_trained(base):
             return code or STOPPED
     if not page.is_file():
-        gold = {"gold": given.gold} if given.gold else {}
-        flags = {"base": base, **common, **method, **gold}
+        flags = {"base": base, **common, **method}
         code = begin_or_go_on(finetune_generator.main, tuned, flags)
         if code or not page.is_file():
             return code or STOPPED

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from agents.generative_models.contact_sheet import contact_sheet, save_picture
 from agents.generative_models.credit import RewardFunction, checked_reward
-from agents.generative_models.monitor import Measurement, coverage, features, group_distance
+from agents.generative_models.monitor import (
+    NEIGHBORS,
+    Measurement,
+    coverage,
+    features,
+    group_distance,
+)
 from experiments.generator_plots import monitor_plot
 from experiments.reporting.statistics import stratified_bootstrap
 from experiments.runs import write_json
@@ -108,10 +114,12 @@ def write_report(
     folder = run / FOLDER
     rows = compare(before, after, prompts, rewards, images)
     first = [features(some) for some in (before, after)]
+    enough = len(before) > NEIGHBORS
     diversity = {
         "distance": [float(group_distance(v, images)) if images > 1 else None for v in first],
-        "recall": [None, float(coverage(first[0], first[1]))],
-        "precision": [None, float(coverage(first[1], first[0]))],
+        # Of a few images nobody has a third neighbor.
+        "recall": [None, float(coverage(first[0], first[1])) if enough else None],
+        "precision": [None, float(coverage(first[1], first[0])) if enough else None],
     }
     folder.mkdir(parents=True, exist_ok=True)
     asked = [prompt for prompt in prompts[:SHOWN] for _ in range(images)]

@@ -47,6 +47,8 @@ def steer(run: Path, config: dict[str, Any]) -> Path:
     Returns:
         The report's page.
     """
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
     rewards = rewards_of(config)
     base = load_generator(config["base"]).to(config["device"]).requires_grad_(False).eval()
     check_prompts(base, config["held_out"])

@@ -1,6 +1,7 @@
 """experiments.finetune_generator from base to report, its resume, steering, and the mistakes that it names."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from agents.generative_models.generator import (
     save_generator,
 )
 from agents.generative_models.methods import METHODS
-from experiments.finetune_generator import main
+from experiments.finetune_generator import default_gold, main, new_config, parser
 from experiments.finetuning_session import split_held_out
 from experiments.generator_session import vocabulary_of
 
@@ -89,6 +90,27 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(base, tmp_path):
     assert reports[0] == reports[1]
 
 
+def test_a_run_goes_on_without_its_base(base, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(base, moved)
+    assert main(words(moved, run, "--steps", 1)) == 0
+    shutil.rmtree(moved)
+    assert main(["--resume", str(run), "--steps", "2"]) == 0
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert [each["step"] for each in report["history"]] == [0, 1, 2]
+
+
+def test_bases_that_say_nothing_of_prompts_or_are_damaged_are_named(base, tmp_path, capsys):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    (folder / "config.json").write_text("{")
+    assert main(words(folder, tmp_path / "run")) == 2
+    assert "damaged" in capsys.readouterr().err
+    (folder / "config.json").unlink()
+    assert main(words(folder, tmp_path / "run")) == 2
+    assert "--prompt-file FILE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -126,6 +148,8 @@ def test_steering_is_reported_and_no_worse(base, tmp_path, method):
         (("--threads", "0"), "--threads is 0"),
         (("--preset", "debgu"), "debug"),
         (("--prompt-count", "0"), "prompt_count is 0"),
+        (("--gold", "symmetry"), "which is optimized"),
+        (("--method", "reno", "--iterations", "-1"), "iterations is -1"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path, capsys, more, match):
@@ -166,6 +190,59 @@ def test_the_monitor_s_prompts_are_not_the_report_s():
     assert split_held_out(prompts, 6) == (prompts[:6], prompts[6:])
     assert split_held_out(prompts, 16) == (prompts[:10], prompts[10:])
     assert split_held_out(prompts[:3], 2) == (prompts[:3], prompts[:3])
+    assert split_held_out(prompts, 16, 4) == (
+        prompts[:16],
+        prompts[16:],
+    )  # as many as were asked for
+    assert split_held_out(prompts, 12, 2) == (prompts[:12], prompts[12:14])
+    assert split_held_out(prompts[:9], 8, 4) == (prompts[:4], prompts[4:9])
+
+
+def test_prompts_that_are_trained_on_are_not_held_out(base, tmp_path, capsys):
+    file, other = tmp_path / "all.txt", tmp_path / "other.txt"
+    about = config_of(base, tmp_path)
+    file.write_text("\n".join([*about["prompts"], *about["held_out"]]))
+    other.write_text("\n".join(about["held_out"]))
+    run = tmp_path / "run"
+    assert main(words(base, run, "--prompt-file", file, "--held-out", other)) == 2
+    assert f"remove '{about['held_out'][0]}'" in capsys.readouterr().err
+    again = config_of(base, tmp_path, "--prompt-file", str(file))
+    assert not set(again["prompts"]) & {*again["held_out"], *again["monitored"]}
+
+
+def test_steering_keeps_its_own_step_size_with_every_preset(base, tmp_path):
+    """The GPU preset's is that of a network."""
+    config = config_of(base, tmp_path, "--preset", "gpu", method="reno")
+    assert config["steering"]["learning_rate"] == 5.0
+    assert config["tuning"]["batch_size"] == 128
+    given = config_of(base, tmp_path, "--learning-rate", "2", method="reno")
+    assert given["steering"]["learning_rate"] == 2.0
+
+
+def test_one_steered_prompt_of_few_images_is_reported(base, tmp_path):
+    """Too few for recall, which has no third neighbor then."""
+    file, run = tmp_path / "one.txt", tmp_path / "run"
+    file.write_text("a red circle\n")
+    assert main(words(base, run, "--method", "best-of-n", "--held-out", file)) == 0
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["diversity"]["recall"] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("reward", "gold"),
+    [
+        ("shapes+brightness", "classifier"),
+        ("drawings", "classifier"),
+        ("brightness", "drawings_strict"),
+    ],
+)
+def test_the_gold_reward_is_not_the_optimized_one(reward, gold):
+    assert default_gold(reward) == gold
+
+
+def config_of(base, tmp_path, *more, method="flow-grpo"):
+    given = words(base, tmp_path / "none", "--method", method, *more)
+    return new_config(method, vars(parser(method).parse_args(given)))
 
 
 def test_missing_bases_and_changed_runs_are_refused(base, tmp_path, capsys):

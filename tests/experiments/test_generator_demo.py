@@ -22,3 +22,5 @@ def test_the_demo_pretrains_fine_tunes_and_reports(tmp_path, monkeypatch, capsys
     assert "iteration" not in said
     assert main([*words, "--seed", "2"]) == 2
     assert "--seed is 2" in capsys.readouterr().err
+    assert main([*words, "--gold", "symmetry"]) == 2
+    assert "--gold is symmetry" in capsys.readouterr().err
