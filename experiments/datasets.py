@@ -118,8 +118,8 @@ class DatasetWriter:
         with suppress(OSError):  # without locks nobody removes it
             # The kernel lets go of it however this process ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._storage = MinariStorage.new(
-            data, env.observation_space, env.action_space, env.spec, jpeg_encoding=False
+        self._storage = MinariStorage.new(  # it takes the size of files of relative paths wrongly
+            data.resolve(), env.observation_space, env.action_space, env.spec, jpeg_encoding=False
         )
         entry = {"schema": SCHEMA, "settings": env.settings, **about}
         self._storage.update_metadata(

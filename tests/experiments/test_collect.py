@@ -97,6 +97,12 @@ def test_the_same_command_collects_the_same_episodes(load: Any, root: Path) -> N
     assert not np.array_equal(a.observations[0], c.observations[0])
 
 
+def test_folders_may_be_relative(load: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    assert main(["reach/relative-v0", *RANDOM, "--root", root.name]) == 0
+    assert load("reach/relative-v0").total_episodes > 1
+
+
 def test_a_runs_policy_acts_in_its_own_task(load: Any, root: Path, run: Path) -> None:
     flags = ["--run", run, "--episodes", 1, "--distraction", "video_hard", "--split", "test"]
     assert main(words("reach/drq-v0", *flags)) == 0
