@@ -11,7 +11,6 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-import envs
 from agents.core.base_policy import BasePolicy, BaseStream
 from agents.core.demonstrations import check_steps, checked_actions
 from agents.core.errors import UserError
@@ -25,7 +24,7 @@ from experiments.demonstrations import chosen_episodes
 from experiments.frozen_bases import check_spaces, keep_base
 from experiments.session import Session
 from experiments.teachers import weights_digest
-from wrappers.vector import BaseActions, SuccessReward, VectorView
+from wrappers.vector import BaseActions, VectorView
 
 SIDE_BY_SIDE = 16
 """Episodes of demonstrations whose base actions are computed together."""
@@ -39,10 +38,6 @@ class ResidualSession(Session):
 
     def _prepare(self, seeds: Mapping[str, int]) -> None:
         """Give the agent its base, and the environments its actions."""
-        if self.agent.config.reward == "success" and not _may_tell(self.config["env"]["id"]):
-            raise UserError(
-                f"--reward success: {self.config['env']['id']} does not tell whether it is solved; leave the flag out"
-            )
         keep_base(self.config["base"], self.run)
         space, action_space = self.spaces
         parts = {"observation": space_to_json(space), "action": space_to_json(action_space)}
@@ -56,8 +51,6 @@ class ResidualSession(Session):
         self.agent.take_base(self.base)
         self.base_seed = seeds["exploration"]
         self.envs = self._seen(self.envs)
-        if self.agent.config.reward == "success":
-            self.envs = SuccessReward(self.envs)
 
     def _complete(self, seeds: Mapping[str, int]) -> None:
         """Give the loop its demonstrations, where the run has some."""
@@ -66,7 +59,7 @@ class ResidualSession(Session):
         self.loop.mixture = load_mixture(
             self.config,
             self.spaces,
-            self.agent.config.reward,
+            self.config.get("reward", "task"),
             self.agent.config.demonstration_share,
             self.base,
             seed=seeds["replay"],
@@ -88,11 +81,6 @@ class ResidualSession(Session):
     def _probe(self) -> Any:
         """See `Session._probe`; the base acts in it, too."""
         return self._seen(super()._probe())
-
-
-def _may_tell(task: str) -> bool:
-    """Whether a task may say that it is solved; of Gymnasium's own nobody knows before."""
-    return envs.get_spec(task).success or task.startswith("gym/")
 
 
 class DemonstrationReplay(Replay):

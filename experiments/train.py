@@ -99,6 +99,9 @@ def parser(agent: str) -> Parser:
     )
     p.add_argument("--compile", choices=("off", "on", "auto"), default=argparse.SUPPRESS,
                    help="compile gradients; auto: on CUDA devices, and not where that fails [off]")  # fmt: skip
+    p.add_argument("--reward", choices=("task", "success"), default="task",
+                   help="what is learned from, in demonstrations too: the task's own reward, or 1 in steps in which it "
+                        "is solved and 0 in others; logged returns are always the task's [task]")  # fmt: skip
     p.add_argument("--run-dir", type=Path, metavar="DIR",
                    help="where the run is kept [runs/<task>/<agent>-seed<seed>]")  # fmt: skip
     p.add_argument("--label", metavar="NAME",
@@ -253,9 +256,23 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         "device": device,
         "threads": given["threads"],
         "compile": given.get("compile", "off"),
+        "reward": check_reward(given.get("reward", "task"), task.id),
         "replay_storage": given["replay_storage"],
         "preset": given["preset"],
     }
+
+
+def check_reward(reward: str, task: str) -> str:
+    """Return what a run learns from, if the task may tell it; of Gymnasium's own tasks nobody knows before.
+
+    Raises:
+        UserError: success of a task that does not tell.
+    """
+    if reward == "success" and not (envs.get_spec(task).success or task.startswith("gym/")):
+        raise UserError(
+            f"--reward success: {task} does not tell whether it is solved; leave the flag out"
+        )
+    return reward
 
 
 def refuse_what_a_protocol_fixes(given: dict[str, Any], protocol: dict[str, Any]) -> None:

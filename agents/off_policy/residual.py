@@ -16,7 +16,7 @@ Differences from the published code:
 - An action at the border of its range passes the gradient on (as in DrQ-v2): cut off there, a residual that has once
   left the range would never come back.
 - The updates of the critics alone are taken while the agent acts, not at once after the random steps.
-- Rewards are the task's (`reward` success: 1 in every step in which it is solved), and an episode goes on after it.
+- Rewards are what the environments pay; of tasks that go on after they are solved, the run may ask for success alone.
 - Actor and critics are as wide as each other, and every network is made from the agent's own seed.
 """
 
@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -69,9 +69,6 @@ class ResFiTConfig(ActorCriticConfig):
     """Updates at the start of which only the critics learn."""
     demonstration_share: float = 0.5
     """Share of every batch that comes from the demonstrations; of no effect without any."""
-    reward: Literal["task", "success"] = "task"
-    """What is learned from, in demonstrations too: the task's own reward, or 1 in steps in which it is solved and 0 in
-    others (where the task tells; ResFiT's is such a sparse one). Logged returns are always the task's."""
     encoder: EncoderName = "drqv2"
     """Convolutions over pixels (DrQ-v2; ResFiT has a one-layer vision transformer)."""
     feature_dim: int = 128
