@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev,data,export
+# Test files side by side, one file in one process: they share fixtures, and each uses one thread.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 comma := ,
 STAMP := $(VENV)/.sightline-installed-$(subst $(comma),-,$(EXTRAS))
 TORCH := $(VENV)/.torch-installed
@@ -65,10 +67,10 @@ generator-demo: $(STAMP)
 	$(BIN)/python -m experiments.generator_demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 import sys
 
-from experiments.packages import PackagesError, check_packages
+from experiments.running.packages import PackagesError, check_packages
 
 try:  # before a command imports a stranger's `agents` and fails with a traceback
     check_packages()

@@ -38,10 +38,10 @@ from agents.on_policy.ppo import PPOConfig
 from agents.policy import read_config, space_to_json
 from envs.settings import Settings
 from experiments import train
-from experiments.arguments import Parser, add_dataclass, run_command
-from experiments.imports import add_import_flag
-from experiments.rollouts import evaluation_scalars, run_episodes
-from experiments.runs import (
+from experiments.evaluating.rollouts import evaluation_scalars, run_episodes
+from experiments.running.arguments import Parser, add_dataclass, run_command
+from experiments.running.imports import add_import_flag
+from experiments.running.runs import (
     LOCK,
     abandon_run,
     begin_run,
@@ -50,7 +50,7 @@ from experiments.runs import (
     make_run_dir,
     write_json,
 )
-from experiments.settings import PRESETS, VectorSettings, control_steps, read_loop
+from experiments.running.settings import PRESETS, VectorSettings, control_steps, read_loop
 
 BASELINES = ("sb3-ppo",)
 """The agents that this command trains; each is a peer of ours of the name behind `sb3-`."""
@@ -159,7 +159,7 @@ def train_baseline(run: Path, config: dict[str, Any]) -> None:
 
 
 def _train(run: Path, config: dict[str, Any]) -> None:
-    from experiments.baseline_training import Protocol, make_model
+    from experiments.sessions.baseline import Protocol, make_model
 
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])

@@ -36,14 +36,14 @@ from agents.registry import find
 from envs import get_spec
 from envs.settings import Settings
 from experiments import baseline, train
-from experiments.arguments import Parser, run_command, terminate_as_interrupt
 from experiments.benchmark_archive import RESULT, Job, archive_run, check_results, collect
 from experiments.compare import difference
 from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS
-from experiments.imports import add_import_flag
-from experiments.runs import check_label
-from experiments.settings import VectorSettings, loop_settings
+from experiments.running.arguments import Parser, run_command, terminate_as_interrupt
+from experiments.running.imports import add_import_flag
+from experiments.running.runs import check_label
+from experiments.running.settings import VectorSettings, loop_settings
 from wrappers.distraction.presets import make_distraction
 
 STOPPED = 130

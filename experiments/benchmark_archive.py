@@ -17,7 +17,7 @@ import numpy as np
 
 from agents.core.errors import UserError
 from experiments.evaluate import RANDOM
-from experiments.runs import command_line, describe_system
+from experiments.running.runs import command_line, describe_system
 
 COLUMNS = (
     "env", "agent", "seed", "distraction", "episodes", "return_mean", "return_std", "success_mean",

@@ -29,9 +29,9 @@ from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.registry import find
 from envs.registry import get_spec
-from experiments.arguments import Parser, add_out_flags, check_out, run_command
 from experiments.compare import run_difference
-from experiments.runs import command_line, describe_system
+from experiments.running.arguments import Parser, add_out_flags, check_out, run_command
+from experiments.running.runs import command_line, describe_system
 
 MOMENTS = {"starting": 0.2, "training": 0.35, "saving": 0.45}
 """Kinds of moments and their shares."""

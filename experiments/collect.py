@@ -28,8 +28,7 @@ from agents.core.imports import import_modules
 from agents.core.settings import argument_docs
 from agents.policy import read_config
 from envs.settings import Settings
-from experiments.arguments import Parser, add_dataclass, fill, run_command
-from experiments.datasets import (
+from experiments.data.datasets import (
     Dataset,
     DatasetWriter,
     new_path,
@@ -37,10 +36,11 @@ from experiments.datasets import (
     redraw,
     root_folder,
 )
-from experiments.imports import add_import_flag, import_for_run
-from experiments.rollouts import episode_seeds
-from experiments.runs import git_commit
-from experiments.settings import check_device
+from experiments.evaluating.rollouts import episode_seeds
+from experiments.running.arguments import Parser, add_dataclass, fill, run_command
+from experiments.running.imports import add_import_flag, import_for_run
+from experiments.running.runs import git_commit
+from experiments.running.settings import check_device
 
 Act = Callable[[Any, dict[str, Any]], Any]
 """From an observation and a scene to an action."""

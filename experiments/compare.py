@@ -18,7 +18,7 @@ import torch
 from agents.core.checkpoints import CheckpointStore
 from agents.policy import read_config, space_from_json
 from agents.registry import find
-from experiments.session import agent_of, make_store
+from experiments.sessions.training import agent_of, make_store
 
 
 def final_state(run: Path) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.policy import read_config
 from experiments import train
-from experiments.arguments import Parser, run_command, terminate_as_interrupt
 from experiments.evaluate import evaluate_run
-from experiments.imports import add_import_flag, import_for_run
 from experiments.report import build_report
-from experiments.settings import read_loop
+from experiments.running.arguments import Parser, run_command, terminate_as_interrupt
+from experiments.running.imports import add_import_flag, import_for_run
+from experiments.running.settings import read_loop
 
 RESULT = "demo"
 """Name of the evaluation."""

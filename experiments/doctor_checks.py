@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import pins
-from experiments.hardware import cpu_name, usable_cores
-from experiments.packages import PACKAGES, check_packages
+from experiments.running import pins
+from experiments.running.hardware import cpu_name, usable_cores
+from experiments.running.packages import PACKAGES, check_packages
 
 Level = Literal["ok", "warning", "problem"]
 

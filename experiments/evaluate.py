@@ -34,19 +34,19 @@ from agents.core.imports import import_modules
 from agents.core.seeding import spawn_seeds
 from agents.policy import read_config
 from envs.vector import VectorEnv
-from experiments.acting import read_acting
-from experiments.arguments import Parser, check_out, run_command, terminate_as_interrupt
-from experiments.baseline_policy import (
+from experiments.evaluating.acting import read_acting
+from experiments.evaluating.baseline_policy import (
     add_baseline_flags,
     is_zip,
     load_zip,
     refuse_baseline_flags,
 )
-from experiments.imports import add_import_flag, import_for_run
-from experiments.rollouts import Episodes, random_policy, run_episodes
-from experiments.runs import git_commit
-from experiments.settings import check_device
-from experiments.unfinished import MEDIA, Unfinished, unfinished, weights_of
+from experiments.evaluating.rollouts import Episodes, random_policy, run_episodes
+from experiments.evaluating.unfinished import MEDIA, Unfinished, unfinished, weights_of
+from experiments.running.arguments import Parser, check_out, run_command, terminate_as_interrupt
+from experiments.running.imports import add_import_flag, import_for_run
+from experiments.running.runs import git_commit
+from experiments.running.settings import check_device
 from wrappers.distraction.presets import make_distraction
 
 PROCEDURAL = "procedural"

@@ -34,12 +34,12 @@ from agents.core.checkpoints import CheckpointStore
 from agents.core.drift import INPUTS, LearnedDrift, save_drift, unflatten
 from agents.core.errors import UserError
 from agents.core.policy_gradient import learned_drift
-from experiments.arguments import Parser, add_dataclass, fill, run_command
 from experiments.evolving.comparison import compare, write_report
 from experiments.evolving.learners import LearnerConfig, final_return, learn
 from experiments.evolving.strategy import EvolutionStrategy
 from experiments.evolving.tasks import TASKS, TRAINED_ON
-from experiments.runs import command_line, describe_system, lock_run, write_json
+from experiments.running.arguments import Parser, add_dataclass, fill, run_command
+from experiments.running.runs import command_line, describe_system, lock_run, write_json
 
 WEIGHTS, RECORD = "drift.safetensors", "generations.csv"
 LINE_EVERY = 10

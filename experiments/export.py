@@ -28,9 +28,9 @@ from agents.core.errors import UserError, full_disk_named
 from agents.core.fields import observation_boxes
 from agents.core.greedy import freeze
 from agents.policy import read_config, space_from_json
-from experiments.arguments import Parser, check_out, run_command
 from experiments.export_formats import FORMATS, Act, trace
-from experiments.imports import add_import_flag, import_for_run
+from experiments.running.arguments import Parser, check_out, run_command
+from experiments.running.imports import add_import_flag, import_for_run
 
 SCHEMA = 1
 """Version of the metadata."""

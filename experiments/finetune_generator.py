@@ -31,18 +31,18 @@ from agents.generative_models.methods import METHODS, find_method
 from agents.generative_models.monitor import MonitorSettings
 from agents.generative_models.tuning_config import TuningConfig
 from agents.generative_models.tuning_loop import TuningSettings
-from experiments.arguments import Parser, add_dataclass, fill, run_command
-from experiments.finetuning_session import FineTuningSession, choose_prompts, split_held_out
-from experiments.generator_runs import (
+from experiments.generators.finetuning import FineTuningSession, choose_prompts, split_held_out
+from experiments.generators.runs import (
     SCHEMA,
     free_run_dir,
     read_generator_config,
     refuse_changes,
     run_session,
 )
-from experiments.generator_steering import STEERING, steer
-from experiments.imports import add_import_flag
-from experiments.settings import check_device
+from experiments.generators.steering import STEERING, steer
+from experiments.running.arguments import Parser, add_dataclass, fill, run_command
+from experiments.running.imports import add_import_flag
+from experiments.running.settings import check_device
 
 COMMAND = "experiments.finetune_generator"
 DEFAULT_METHOD, DEFAULT_REWARD = "flow-grpo", "shapes"

@@ -15,9 +15,9 @@ from pathlib import Path
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from experiments import finetune_generator, pretrain_generator
-from experiments.arguments import Parser, run_command
-from experiments.generator_report import FOLDER
-from experiments.generator_runs import read_generator_config
+from experiments.generators.report import FOLDER
+from experiments.generators.runs import read_generator_config
+from experiments.running.arguments import Parser, run_command
 
 BASE, TUNED = "base", "tuned"
 """Run folders in the demo's own."""

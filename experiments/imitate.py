@@ -25,16 +25,16 @@ from agents.core.settings import argument_docs, to_dict
 from agents.policy import SCHEMA
 from agents.registry import find
 from envs.settings import Settings
-from experiments.arguments import Parser, add_dataclass, fill, run_command
 from experiments.collect import changed
-from experiments.demonstrations import (
+from experiments.running.arguments import Parser, add_dataclass, fill, run_command
+from experiments.running.imports import add_import_flag, import_for_run
+from experiments.running.settings import VectorSettings, check_device, loop_settings
+from experiments.sessions.demonstrations import (
     add_dataset_flags,
     check_observation,
     common_task,
     named_datasets,
 )
-from experiments.imports import add_import_flag, import_for_run
-from experiments.settings import VectorSettings, check_device, loop_settings
 from experiments.train import launch
 
 DEFAULT_AGENT = "flow-policy"

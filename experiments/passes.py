@@ -26,11 +26,11 @@ from agents.core.errors import UserError
 from agents.core.seeding import spawn_seeds
 from agents.policy import read_config
 from envs.vector import VectorEnv
-from experiments.arguments import Parser, run_command
-from experiments.imports import add_import_flag, import_for_run
-from experiments.rollouts import ActFunction, episode_seeds, random_policy
-from experiments.runs import write_json
-from experiments.settings import check_device
+from experiments.evaluating.rollouts import ActFunction, episode_seeds, random_policy
+from experiments.running.arguments import Parser, run_command
+from experiments.running.imports import add_import_flag, import_for_run
+from experiments.running.runs import write_json
+from experiments.running.settings import check_device
 
 FAILED, UNTOLD = -2, -1
 """What stands for an attempt's behavior where it did not succeed, and where the task did not say how."""

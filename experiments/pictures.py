@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import envs
-from experiments.arguments import Parser, run_command
+from experiments.running.arguments import Parser, run_command
 from wrappers.distraction.presets import CLEAN, DISTRACTIONS
 
 Quality = Literal["reference", "fast"]

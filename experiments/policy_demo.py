@@ -24,17 +24,23 @@ from agents.core.imports import import_modules
 from agents.policy import read_config
 from envs.settings import Settings
 from experiments import collect, imitate, train
-from experiments.arguments import Parser, add_dataclass, fill, run_command, terminate_as_interrupt
 from experiments.benchmark import STOPPED
 from experiments.demo import RESULT, steps_left
 from experiments.evaluate import evaluate_run
-from experiments.imports import add_import_flag
 from experiments.report import build_report
 from experiments.reporting.blocks import Cell, Table, limits, number
 from experiments.reporting.statistics import Interval, stratified_bootstrap
 from experiments.reporting.text import render_markdown
-from experiments.runs import write_json
-from experiments.settings import VectorSettings
+from experiments.running.arguments import (
+    Parser,
+    add_dataclass,
+    fill,
+    run_command,
+    terminate_as_interrupt,
+)
+from experiments.running.imports import add_import_flag
+from experiments.running.runs import write_json
+from experiments.running.settings import VectorSettings
 
 SHOWN = ("clean", "color_hard", "video_hard")
 """What is demonstrated (of the train split), and what both policies are evaluated under (of the test split)."""

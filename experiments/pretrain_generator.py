@@ -23,16 +23,16 @@ from agents.core.settings import to_dict
 from agents.generative_models.drawings import DrawingSettings
 from agents.generative_models.generator import GeneratorConfig
 from agents.generative_models.pretraining import PretrainingConfig, PretrainingSettings
-from experiments.arguments import Parser, add_dataclass, fill, run_command
-from experiments.generator_runs import (
+from experiments.generators.pretraining import PretrainingSession
+from experiments.generators.runs import (
     SCHEMA,
     free_run_dir,
     read_generator_config,
     refuse_changes,
     run_session,
 )
-from experiments.generator_session import PretrainingSession
-from experiments.settings import check_device
+from experiments.running.arguments import Parser, add_dataclass, fill, run_command
+from experiments.running.settings import check_device
 
 COMMAND = "experiments.pretrain_generator"
 RESUMABLE = (

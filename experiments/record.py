@@ -32,15 +32,15 @@ from agents import Policy
 from agents.core.errors import UserError
 from agents.core.pictures import panels
 from agents.policy import read_config
-from experiments.arguments import Parser, run_command
-from experiments.captions import Caption
-from experiments.dataset_page import PAGE, Shown, first_solved, strip, write_page
-from experiments.datasets import Dataset, Episode, root_folder
+from experiments.data.datasets import Dataset, Episode, root_folder
+from experiments.data.page import PAGE, Shown, first_solved, strip, write_page
 from experiments.evaluate import DISTRACTIONS
-from experiments.imports import add_import_flag, import_for_run
-from experiments.rollouts import episode_seeds
-from experiments.settings import check_device, control_steps
-from experiments.traces import draw_trace
+from experiments.evaluating.captions import Caption
+from experiments.evaluating.rollouts import episode_seeds
+from experiments.evaluating.traces import draw_trace
+from experiments.running.arguments import Parser, run_command
+from experiments.running.imports import add_import_flag, import_for_run
+from experiments.running.settings import check_device, control_steps
 from wrappers.distraction.presets import make_distraction
 
 PANEL = 192

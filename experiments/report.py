@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 from agents.core.errors import UserError
-from experiments.arguments import Parser, run_command
 from experiments.reporting import csv_tables, plots, plots_across
 from experiments.reporting.aggregates import Aggregates, aggregate
 from experiments.reporting.blocks import Table, slug
@@ -27,6 +26,7 @@ from experiments.reporting.runs import find_runs, read_run
 from experiments.reporting.scores import Summary, summarize
 from experiments.reporting.statistics import Statistic, interquartile_mean, mean
 from experiments.reporting.text import render_latex, render_markdown
+from experiments.running.arguments import Parser, run_command
 
 PAGE = "report.html"
 TASK_FIGURES = ("curves", "efficiency", "generalization", "diagnostics")

@@ -27,9 +27,9 @@ import envs
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
 from agents.registry import find
-from experiments.arguments import Parser, run_command, terminate_as_interrupt
-from experiments.imports import add_import_flag
-from experiments.runs import command_line, describe_system
+from experiments.running.arguments import Parser, run_command, terminate_as_interrupt
+from experiments.running.imports import add_import_flag
+from experiments.running.runs import command_line, describe_system
 from wrappers.distraction.presets import make_distraction
 
 matplotlib.use("Agg")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from agents.core.errors import UserError
 from envs.rendering import resolve_quality
-from experiments.arguments import Parser, add_out_flags, check_out, run_command
 from experiments.measuring.timing import Table
-from experiments.runs import command_line, describe_system
-from experiments.settings import check_device
+from experiments.running.arguments import Parser, add_out_flags, check_out, run_command
+from experiments.running.runs import command_line, describe_system
+from experiments.running.settings import check_device
 
 PARTS = ("rendering", "environments", "replay", "updates", "training", "sb3", "on-policy", "acting")
 

@@ -34,14 +34,9 @@ from agents.core.settings import argument_docs, to_dict
 from agents.policy import SCHEMA, read_config
 from agents.registry import find
 from envs.settings import Settings
-from experiments.arguments import Parser, add_dataclass, fill, run_command
-from experiments.bases import chunks_of_the_task, find_base, refuse_unused
-from experiments.demonstrations import add_dataset_flags, new_demonstrations
-from experiments.frozen_bases import find_frozen_base
-from experiments.imitation_session import ImitationSession
-from experiments.imports import add_import_flag, import_for_run
-from experiments.residual_session import ResidualSession
-from experiments.runs import (
+from experiments.running.arguments import Parser, add_dataclass, fill, run_command
+from experiments.running.imports import add_import_flag, import_for_run
+from experiments.running.runs import (
     abandon_run,
     begin_run,
     check_label,
@@ -50,8 +45,7 @@ from experiments.runs import (
     make_run_dir,
     write_json,
 )
-from experiments.session import Session
-from experiments.settings import (
+from experiments.running.settings import (
     PRESETS,
     VectorSettings,
     check_device,
@@ -62,7 +56,13 @@ from experiments.settings import (
     protocol_values,
     read_loop,
 )
-from experiments.teachers import new_teacher
+from experiments.sessions.bases import chunks_of_the_task, find_base, refuse_unused
+from experiments.sessions.demonstrations import add_dataset_flags, new_demonstrations
+from experiments.sessions.frozen_bases import find_frozen_base
+from experiments.sessions.imitation import ImitationSession
+from experiments.sessions.residual import ResidualSession
+from experiments.sessions.teachers import new_teacher
+from experiments.sessions.training import Session
 
 DEFAULT_AGENT, DEFAULT_ENV = "sgqn", "dmc/cartpole-swingup"
 RESUMABLE = (

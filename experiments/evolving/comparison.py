@@ -21,7 +21,7 @@ from agents.core.errors import DivergedError
 from experiments.evolving.learners import LearnerConfig, Surrogate, final_return, learn
 from experiments.evolving.tasks import TASKS, TRAINED_ON, Task
 from experiments.reporting.statistics import stratified_bootstrap
-from experiments.runs import command_line, describe_system
+from experiments.running.runs import command_line, describe_system
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

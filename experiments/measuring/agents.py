@@ -20,9 +20,9 @@ from agents.core.replay import Batch, Replay
 from agents.off_policy.actor_critic import resolve_precision
 from agents.registry import find
 from envs.environment import gymnasium_id
-from experiments.arguments import fill
 from experiments.measuring.timing import Table, interleave, rates
-from experiments.settings import find_preset
+from experiments.running.arguments import fill
+from experiments.running.settings import find_preset
 
 BATCH = 128
 AGENTS = ("sac", "drq", "drqv2", "svea", "sgqn", "drqv2-sgqn")

@@ -16,9 +16,9 @@ from agents.core.replay import Batch
 from agents.on_policy.actor_critic import Samples
 from agents.on_policy.ppo import PPO
 from agents.registry import find
-from experiments.arguments import fill
 from experiments.measuring.timing import Table, interleave
-from experiments.settings import find_preset
+from experiments.running.arguments import fill
+from experiments.running.settings import find_preset
 
 CASES = ("drqv2 pixels", "sgqn pixels", "sac state", "ppo pixels", "ppo state")
 """Agents, and what they see."""

@@ -143,7 +143,7 @@ class _Theirs:
     """Their PPO on the vector environment that their users have."""
 
     def __init__(self, case: Case) -> None:
-        from experiments.baseline_training import model_on
+        from experiments.sessions.baseline import model_on
 
         self.config = case.config
         self.environment = self.make(case)
@@ -196,7 +196,7 @@ class _Adapted(_Theirs):
 
     def make(self, case: Case) -> Any:
         """Return our environments as they take them."""
-        from experiments.baseline_training import SB3VectorEnv
+        from experiments.sessions.baseline import SB3VectorEnv
 
         return SB3VectorEnv(envs.make_vec(case.task, case.num_envs, seed=0, **case.settings), 0)
 

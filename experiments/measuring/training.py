@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments import train
 from experiments.measuring.timing import Table
-from experiments.session import Session
+from experiments.sessions.training import Session
 
 AGENTS = ("drqv2", "sgqn")
 TASK = "dmc/cartpole-swingup"

@@ -17,7 +17,7 @@ from agents.core.loops import LoopSettings, OnPolicyLoop
 from agents.core.rollout import Rollout
 from agents.on_policy.memory import Memory
 from agents.on_policy.ppo import PPO, PPOConfig
-from experiments.rollouts import run_episodes
+from experiments.evaluating.rollouts import run_episodes
 
 ENVS, STEPS, UNITS = 3, 21, 5
 PIXELS = gym.spaces.Box(0, 255, (6, 24, 24), np.uint8)

@@ -27,7 +27,7 @@ from experiments.compare import final_state
 from experiments.demo import main as demo
 from experiments.evaluate import main as evaluate
 from experiments.report import main as report
-from experiments.runs import LOCK, lock_run
+from experiments.running.runs import LOCK, lock_run
 from experiments.train import main
 from tests.cli.test_kill import Child
 from tests.experiments.helpers import (

@@ -24,9 +24,9 @@ from agents.core.loops import LoopSettings
 from agents.on_policy.ppo import PPOConfig
 from experiments import baseline, benchmark
 from experiments.baseline import LACKING, SHARED, main
-from experiments.baseline_training import FIELDS, Protocol, SB3VectorEnv, make_model
 from experiments.evaluate import evaluate_run
 from experiments.report import build_report
+from experiments.sessions.baseline import FIELDS, Protocol, SB3VectorEnv, make_model
 from experiments.train import main as train_main
 
 CARTPOLE = {"observation": "state", "episode_length": 14}

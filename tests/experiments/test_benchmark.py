@@ -14,7 +14,7 @@ from experiments import benchmark
 from experiments.benchmark import main
 from experiments.evaluate import DISTRACTIONS
 from experiments.reporting.runs import read_run
-from experiments.runs import write_json
+from experiments.running.runs import write_json
 from experiments.train import new_config, parser
 
 

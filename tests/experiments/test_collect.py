@@ -15,9 +15,10 @@ import pytest
 
 import envs
 from agents import Policy
-from experiments import collect, datasets
+from experiments import collect
 from experiments.collect import main
-from experiments.rollouts import episode_seeds
+from experiments.data import datasets
+from experiments.evaluating.rollouts import episode_seeds
 from tests.experiments.helpers import difference, train
 
 STEPS = 6
@@ -170,7 +171,8 @@ def test_a_failure_midway_leaves_no_dataset(
 
 KILLED = """
 import os, sys
-from experiments import collect, datasets
+from experiments import collect
+from experiments.data import datasets
 collect.play = lambda *arguments: os.kill(os.getpid(), 9) if done else done.append(1) or datasets.play(*arguments)
 done = []
 collect.main(sys.argv[1:])

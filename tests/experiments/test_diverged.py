@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from envs.toy import Reach
-from experiments.session import Session
+from experiments.sessions.training import Session
 from experiments.train import main
 from tests.experiments.helpers import arguments
 

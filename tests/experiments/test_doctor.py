@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from agents.core.errors import UserError
-from experiments import doctor, doctor_checks, pins
+from experiments import doctor, doctor_checks
 from experiments.doctor_checks import Finding
-from experiments.hardware import usable_cores
+from experiments.running import pins
+from experiments.running.hardware import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["packages", "python", "versions", "pins", "gl", "cpu", "gpu", "memory", "disk"]

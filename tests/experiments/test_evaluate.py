@@ -23,9 +23,9 @@ from agents.core.settings import from_dict
 from agents.policy import read_config
 from envs.vector import VectorEnv
 from experiments.evaluate import evaluate_run, main
+from experiments.evaluating.rollouts import SCORES, random_policy, run_episodes
 from experiments.reporting.runs import read_run
-from experiments.rollouts import SCORES, random_policy, run_episodes
-from experiments.session import Session
+from experiments.sessions.training import Session
 from experiments.train import main as train_main
 from tests.experiments.helpers import arguments, train
 

@@ -17,8 +17,8 @@ from agents.generative_models.generator import (
 )
 from agents.generative_models.methods import METHODS
 from experiments.finetune_generator import default_gold, main, new_config, parser
-from experiments.finetuning_session import split_held_out
-from experiments.generator_session import vocabulary_of
+from experiments.generators.finetuning import split_held_out
+from experiments.generators.pretraining import vocabulary_of
 
 DRAWINGS = DrawingSettings(size=16, kinds=("single",), pictures=8)
 

@@ -19,11 +19,12 @@ from agents import Policy
 from agents.core import fields
 from agents.core.demonstrations import Demonstrations
 from agents.core.offline import OfflineLoop
-from experiments import collect, evaluate, export, imitate, imitation_session, record, train
+from experiments import collect, evaluate, export, imitate, record, train
 from experiments.compare import difference, final_state
-from experiments.datasets import Dataset, DatasetWriter, play
+from experiments.data.datasets import Dataset, DatasetWriter, play
 from experiments.evaluate import evaluate_run
 from experiments.reporting.runs import read_run
+from experiments.sessions import imitation as imitation_session
 from tests.experiments.helpers import as_arguments, assert_same_run, metrics
 
 pytest.importorskip("minari")
@@ -182,7 +183,7 @@ def test_several_datasets_are_learned_together_and_the_first_ones_task_is_evalua
 def test_what_is_learned_is_what_the_environment_will_show(made: Path, tmp_path: Path) -> None:
     """Observations of the store are those of the run's task, when it takes the demonstrated chunks."""
     run = make(made, tmp_path / "run", frame_stack=3)
-    from experiments.imitation_session import ImitationSession
+    from experiments.sessions.imitation import ImitationSession
 
     config = json.loads((run / "config.json").read_text())
     with ImitationSession(run, config, resume=True) as session:

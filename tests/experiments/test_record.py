@@ -15,10 +15,10 @@ import pytest
 import envs
 from agents import Policy
 from experiments import record
-from experiments.captions import LONGEST, Caption
 from experiments.evaluate import evaluate_run
+from experiments.evaluating.captions import LONGEST, Caption
+from experiments.evaluating.rollouts import episode_seeds
 from experiments.record import Moment, draw, episode, main, speed
-from experiments.rollouts import episode_seeds
 from tests.experiments.helpers import train
 
 STEPS = 9

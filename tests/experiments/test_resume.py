@@ -16,8 +16,8 @@ from agents import AGENTS
 from agents.core.checkpoints import CheckpointStore
 from agents.core.loops import OffPolicyLoop
 from experiments.compare import difference, final_state, run_difference
-from experiments.runs import begin_run, make_run_dir
-from experiments.session import Session
+from experiments.running.runs import begin_run, make_run_dir
+from experiments.sessions.training import Session
 from experiments.train import main, new_config, parser
 from tests.experiments.helpers import (
     arguments,

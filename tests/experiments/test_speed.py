@@ -15,9 +15,10 @@ import torch
 
 from agents.core.compilation import Program
 from agents.on_policy.ppo import PPOConfig
-from experiments import settings, speed
+from experiments import speed
 from experiments.measuring import agents, compiled, environments, on_policy, timing, training
 from experiments.measuring.timing import ROUNDS, Elsewhere, Table, interleave, rates
+from experiments.running import settings
 
 TINY = 0.02
 """Seconds for each comparison."""

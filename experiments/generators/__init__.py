@@ -1,0 +1,1 @@
+"""Runs of image generators: their folders, sessions, steering and reports."""

@@ -1,0 +1,276 @@
+"""Sessions that fine-tune image generators: base, rewards, prompts, tuner, monitor, loop and report of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.core.checkpoints import CheckpointStore
+from agents.core.errors import UserError
+from agents.core.logging import Logger, Progress
+from agents.core.run_loop import Hooks
+from agents.core.seeding import seed_libraries
+from agents.core.settings import from_dict
+from agents.generative_models.chains import STILL
+from agents.generative_models.contact_sheet import contact_sheet, save_picture
+from agents.generative_models.credit import RewardFunction
+from agents.generative_models.drawings import DrawingSettings
+from agents.generative_models.generator import ImageGenerator, load_generator
+from agents.generative_models.monitor import Monitor, MonitorSettings
+from agents.generative_models.rewards import make_reward
+from agents.generative_models.scenes import parse_prompt
+from agents.generative_models.tuner import GeneratorTuner
+from agents.generative_models.tuners import make_tuner
+from agents.generative_models.tuning_config import TuningConfig
+from agents.generative_models.tuning_loop import PromptStream, TuningLoop, TuningSettings
+from experiments.generators.plots import monitor_plot
+from experiments.generators.report import write_report
+
+SHOWN = 8
+"""Prompts on the sheet of an evaluation."""
+STRICT = "drawings_strict"
+"""Reward that says whether a picture is all that its prompt asks for."""
+SHEETS = "samples"
+"""Folder of the sheets, one for each evaluation."""
+
+
+class FineTuningSession:
+    """One open run.
+
+    Args:
+        run: its folder.
+        config: config.json's content.
+        resume: go on from the newest checkpoint.
+    """
+
+    def __init__(self, run: Path, config: dict[str, Any], resume: bool) -> None:
+        self.run, self.config = run, config
+        seeds, about = config["seeds"], from_dict(TuningConfig, config["tuning"])
+        self.settings = from_dict(TuningSettings, config["loop"])
+        self.rewards = rewards_of(config)
+        seed_libraries(seeds["agent"])
+        self.checkpoints = CheckpointStore(
+            run, keep=self.settings.keep_checkpoints, identity={"generator": config["command"]}
+        )
+        goes_on = resume and self.checkpoints.latest() is not None
+        # A run has all of its base: where that is now, or what has become of it, does not matter.
+        base = load_generator(run if goes_on else config["base"])
+        check_prompts(base, [*config["prompts"], *config["monitored"], *config["held_out"]])
+        self.monitor = Monitor(
+            config["monitored"],
+            self.rewards,
+            from_dict(MonitorSettings, config["monitor"]),
+            guidance=about.guidance,
+            seed=seeds["evaluation"],
+            batch_size=about.batch_size,
+        )
+        tuner = make_tuner(
+            base, self.rewards["proxy"], about, device=config["device"], seed=seeds["exploration"]
+        )
+        parts = self.checkpoints.load() if goes_on else None
+        done = parts["progress"]["agent_steps"] if parts else 0
+        self.logger = Logger(run, resume_from=done if resume else None)
+        self.loop = TuningLoop(
+            tuner,
+            PromptStream(config["prompts"], seeds["replay"]),
+            self.monitor,
+            self.settings,
+            logger=self.logger,
+            checkpoints=self.checkpoints,
+            hooks=Hooks(evaluate=self.evaluate),
+        )
+        if parts:
+            self.loop.resume(parts)
+        else:
+            self.loop.begin()
+
+    @property
+    def tuner(self) -> GeneratorTuner:
+        """What learns."""
+        return self.loop.agent
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has all its iterations, or the monitor has ended it."""
+        done = self.loop.state.progress.agent_steps
+        return done >= self.settings.steps or self.loop.stopped is not None
+
+    def settle(self) -> None:
+        """Set the number of CPU threads, once for the whole run."""
+        self.config["threads"] = self.config["threads"] or torch.get_num_threads()
+        torch.set_num_threads(self.config["threads"])
+
+    def estimate(self) -> str:
+        """Return what is learned, and what an iteration is; time is known after the first of them."""
+        parameters = sum(p.numel() for p in self.tuner.model.denoiser.parameters())
+        about = self.tuner.config
+        left = self.settings.steps - self.loop.state.progress.agent_steps
+        return (
+            f"fine-tuning: {parameters / 1e6:.2f} million parameters by {self.config['method']}, reward "
+            f"'{self.config['reward']}', gold '{self.config['gold']}'; {len(self.config['prompts'])} prompts\n"
+            f"{left} iterations of {about.prompts * about.group} images in {about.denoising_steps} steps"
+        )
+
+    def evaluate(self, progress: Progress) -> dict[str, float]:
+        """Measure the model, and show the same held-out prompts from the same noise."""
+        step = progress.agent_steps
+        said = self.monitor.measure(step, self.tuner.model, self.tuner.reference)
+        count = self.monitor.settings.eval_images
+        asked = self.monitor.asked[: SHOWN * count]
+        sheet = contact_sheet(self.monitor.images[: len(asked)], asked, columns=count)
+        (self.run / SHEETS).mkdir(exist_ok=True)
+        save_picture(self.run / SHEETS / f"step-{step:06d}.png", sheet)
+        monitor_plot(
+            self.run / "monitor.png",
+            self.monitor.history,
+            self.monitor.settings.tolerance,
+            proxy=self.config["reward"],
+            gold=self.config["gold"],
+        )
+        self.logger.images({"samples/held_out": sheet}, progress)
+        return {f"eval/{name}": value for name, value in said.values.items()}
+
+    def report(self) -> Path:
+        """Write the run's report: the base against the checkpoint of the most gold, on held-out prompts."""
+        model, spent = self.best(), self.tuner.evaluations
+        count = self.monitor.settings.eval_images
+        before, after = (
+            draw(some, self.config["held_out"], count, self.config)
+            for some in (self.tuner.reference, model)
+        )
+        stopped = self.loop.stopped
+        return write_report(
+            self.run,
+            title=f"{self.config['method']} on {self.config['reward']}",
+            before=before,
+            after=after,
+            prompts=self.config["held_out"],
+            images=count,
+            rewards=named_rewards(self.config, self.rewards),
+            history=self.monitor.history,
+            tolerance=self.monitor.settings.tolerance,
+            names=(self.config["reward"], self.config["gold"]),
+            notes=[
+                f"After is the checkpoint of the most gold, iteration {self._best_step} of "
+                f"{self.loop.state.progress.agent_steps}.",
+                f"Budget: {spent:,} denoiser evaluations, {self.tuner.scored:,} rewards, "
+                f"{self.loop.state.progress.wall_seconds / 60:.1f} min.",
+                *([f"The monitor stopped the run: {stopped}."] if stopped else []),
+            ],
+        )
+
+    def best(self) -> ImageGenerator:
+        """Return the model at the evaluation of the most gold."""
+        parts = self.checkpoints.load("best")
+        model = load_generator(self.run).to(self.tuner.device)
+        model.load_state_dict(parts["agent"]["networks"]["model"])
+        self._best_step = parts["progress"]["agent_steps"]
+        return model.eval()
+
+    def close(self) -> None:
+        """Close the logger."""
+        self.logger.close()
+
+
+def rewards_of(config: Mapping[str, Any]) -> dict[str, RewardFunction]:
+    """Return proxy and gold of a run, and the strict judge of drawings where all held-out prompts ask for these."""
+    rewards: dict[str, RewardFunction] = {
+        "proxy": make_reward(config["reward"]),
+        "gold": make_reward(config["gold"]),
+    }
+    with suppress(UserError):
+        for prompt in [*config["monitored"], *config["held_out"]]:
+            parse_prompt(prompt)
+        rewards["strict"] = make_reward(STRICT)
+    return rewards
+
+
+def named_rewards(
+    config: Mapping[str, Any], rewards: Mapping[str, RewardFunction]
+) -> dict[str, RewardFunction]:
+    """Return the rewards of a report by what a reader calls them."""
+    named = {
+        f"{config['reward']} (optimized)": rewards["proxy"],
+        f"{config['gold']} (not optimized)": rewards["gold"],
+    }
+    return named | {STRICT: rewards["strict"]} if "strict" in rewards else named
+
+
+def draw(
+    model: ImageGenerator, prompts: list[str], count: int, config: Mapping[str, Any]
+) -> Tensor:
+    """Return `count` images of each of the report's prompts, from noise that neither training nor monitor has seen."""
+    seed = int(np.random.SeedSequence((config["seeds"]["evaluation"], 1)).generate_state(1)[0])
+    return model.generate(
+        [prompt for prompt in prompts for _ in range(count)],
+        seed=seed,
+        steps=config["monitor"]["eval_steps"],
+        rule=STILL,
+        scale=config["tuning"]["guidance"],
+        batch=config["tuning"]["batch_size"],
+    )
+
+
+def check_prompts(base: ImageGenerator, prompts: list[str]) -> None:
+    """Refuse prompts that the generator cannot read, before anything is drawn.
+
+    Raises:
+        UserError: names the word, or says that a prompt is too long.
+    """
+    base.vocabulary.tokens(prompts)
+
+
+def split_held_out(
+    prompts: list[str], monitored: int, reported: int | None = None
+) -> tuple[list[str], list[str]]:
+    """Return prompts of the monitor and of the report, apart: the monitor chooses the checkpoint that is reported.
+
+    Args:
+        prompts: held out from training; fewer than four serve both.
+        monitored: prompts of the monitor; where there are too few for both, at most half of all.
+        reported: prompts of the report; None for all others.
+    """
+    if reported is not None and len(prompts) >= monitored + reported:
+        return prompts[:monitored], prompts[monitored : monitored + reported]
+    if len(prompts) < 4:
+        return prompts, prompts
+    count = min(monitored, len(prompts) // 2)
+    return prompts[:count], prompts[count:]
+
+
+def choose_prompts(
+    about: dict[str, Any] | None, file: Path | None, count: int, *, held_out: bool, seed: int
+) -> list[str]:
+    """Return prompts of a file, one in each line, or drawn from those that the base was pretrained on.
+
+    Args:
+        about: settings of the base's drawings, None where it has none.
+        file: of prompts; None draws.
+        count: how many to draw; of a file all are taken.
+        held_out: which side of the split.
+        seed: of the choice.
+
+    Raises:
+        UserError: the file is missing or empty, or there is neither file nor drawings.
+    """
+    if file is not None:
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read prompts from '{file}': {error}") from error
+        prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        if not prompts:
+            raise UserError(f"'{file}' holds no prompts; write one in each line")
+        return prompts
+    if about is None:
+        flag = "--held-out" if held_out else "--prompt-file"
+        raise UserError(f"the base says nothing of prompts; give {flag} FILE, one in each line")
+    settings, random = from_dict(DrawingSettings, about), np.random.default_rng(seed)
+    scenes = settings.scenes(8 * count, random, held_out=held_out)
+    return list(dict.fromkeys(scene.prompt for scene in scenes))[:count]

@@ -1,0 +1,137 @@
+"""Run folders of image generators: their config, and how one is begun, gone on with and left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from agents.core.errors import UserError
+from agents.core.run_loop import RunLoop
+from agents.core.trees import check_schema
+from experiments.running.runs import (
+    abandon_run,
+    begin_run,
+    lock_run,
+    make_run_dir,
+    write_json,
+)
+from experiments.train import stop_on_signal
+
+SCHEMA = 1
+"""Version of config.json's layout."""
+
+
+class GeneratorSession(Protocol):
+    """A run that is open: what `run_session` drives."""
+
+    @property
+    def loop(self) -> RunLoop:
+        """What trains."""
+
+    def settle(self) -> None:
+        """Choose what is chosen once for the whole run, such as threads."""
+
+    def estimate(self) -> str:
+        """Return what the rest of the run will take."""
+
+    def close(self) -> None:
+        """Close files."""
+
+
+def free_run_dir(name: str, root: Path = Path("runs/generators")) -> Path:
+    """Return a folder that does not exist: the name, numbered when it is taken."""
+    folder, number = root / name, 2
+    while folder.exists():
+        folder, number = root / f"{name}-{number}", number + 1
+    return folder
+
+
+def read_generator_config(run: Path, command: str) -> dict[str, Any]:
+    """Return the config.json of a run of `command`.
+
+    Raises:
+        UserError: the folder is no such run, or one of another version.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise UserError(f"'{run}' is no run folder (it has no config.json); give one of {command}")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"'{file}' is damaged ({error}); restore it or train anew") from error
+    if not isinstance(config, dict) or config.get("command") != command:
+        raise UserError(f"'{run}' is no run of {command}; give a folder that it wrote")
+    check_schema(file, config.get("schema"), SCHEMA)
+    return config
+
+
+def refuse_changes(argv: Sequence[str], allowed: Sequence[str]) -> None:
+    """Refuse flags that would make a resumed run another one.
+
+    Raises:
+        UserError: names the flag, and those that may be given.
+    """
+    flags = sorted({"--resume", *(f"--{name.replace('_', '-')}" for name in allowed)})
+    for argument in argv:
+        flag = argument.split("=")[0]
+        if flag.startswith("--") and flag not in flags:
+            raise UserError(
+                f"{flag} cannot change with --resume (it would be another run); {', '.join(flags)} can"
+            )
+
+
+def run_session(
+    run: Path,
+    config: dict[str, Any],
+    open_session: Callable[[bool], GeneratorSession],
+    *,
+    resume: bool,
+) -> bool:
+    """Train in a run folder until the end, or until a signal asks to save and leave.
+
+    Args:
+        run: the folder; it is made for a new run.
+        config: written when the run begins and again when everything is settled.
+        open_session: opens the run, given whether it goes on.
+        resume: go on with it.
+
+    Returns:
+        Whether there is a run to tell of: False where nothing was left to do.
+    """
+    is_new = not resume and make_run_dir(run)
+    with stop_on_signal() as stopped, lock_run(run):
+        if not resume:
+            begin_run(run, config)
+        try:
+            session = open_session(resume)
+        except BaseException:
+            if not resume:
+                abandon_run(run, is_new=is_new)
+            raise
+        try:
+            loop, steps = session.loop, session.loop.settings.steps
+            done = loop.state.progress.agent_steps
+            print(f"run folder: {run}")
+            if resume and done >= steps:
+                print(
+                    f"nothing to do: it has {done:,} of {steps:,} {loop.unit}s; give more --steps to go on"
+                )
+                return False
+            session.settle()
+            write_json(run / "config.json", config)
+            print(session.estimate(), flush=True)
+            loop.hooks.stop = stopped
+            loop.run()
+        except BaseException:
+            with suppress(UserError):  # a disk that is full says so once
+                session.close()
+            raise
+        session.close()
+        print(
+            f"{'stopped' if stopped() else 'finished'} after {loop.state.progress.agent_steps:,} {loop.unit}s, "
+            f"{loop.state.progress.wall_seconds / 60:.1f} min"
+        )
+    return True
