@@ -3,10 +3,11 @@
 A step is anything with a log-probability: an action, one denoising step of an action chunk or of an image, an imagined
 action. For every sample, `log_ratio = log_prob_new - log_prob_old` is that of the step under the policy that learns and
 the one that acted, and `advantage` says how much better than expected the step turned out. Every surrogate is a
-function `(log_ratio, advantage, *, settings) -> loss` of tensors of one shape [*]. It returns a loss per sample [*] to
-be minimized (the caller averages, weights and masks) and computes in float32 whatever it is given: in bfloat16 a ratio
-of 1.003 is 1. At `log_ratio = 0` each has the gradient of the policy gradient, -advantage (with the `k1` estimate of
-the KL in expectation only).
+function `(log_ratio, advantage, *, settings) -> loss` of tensors of one shape [*], and raises a ValueError where they
+have two: [B, 1] and [B] would broadcast to B times B losses that look like any others. It returns a loss per sample [*]
+to be minimized (the caller averages, weights and masks) and computes in float32 whatever it is given: in bfloat16 a
+ratio of 1.003 is 1. At `log_ratio = 0` each has the gradient of the policy gradient, -advantage (with the `k1` estimate
+of the KL in expectation only).
 
 **Dimension.** A log-probability of d independent parts is a sum. When every part moves by as much, the log-ratio of the
 sum is noise that grows with sqrt(d), and a clip that suits 6 joints stops everything at 16,384 latents. Methods that
@@ -43,11 +44,21 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return torch.exp(x.clamp(max=LARGEST)) * (1 + F.relu(x - LARGEST))
 
 
+def _check_shapes(log_ratio: Tensor, advantage: Tensor) -> None:
+    """Raise a ValueError where samples and their advantages have two shapes; nothing is read from the device."""
+    if log_ratio.shape != advantage.shape:
+        shapes = f"{tuple(log_ratio.shape)} and {tuple(advantage.shape)}"
+        raise ValueError(
+            f"log-ratios and advantages have the shapes {shapes}; give one advantage for each log-ratio"
+        )
+
+
 def reinforce(log_ratio: Tensor, advantage: Tensor) -> Tensor:
     """Return the score-function loss, without importance weights (Williams 1992).
 
     At the policy that acted its gradient is the policy gradient; afterwards it is biased, and nothing bounds the step.
     """
+    _check_shapes(log_ratio, advantage)
     return -log_ratio.float() * advantage.float()
 
 
@@ -67,6 +78,7 @@ def ppo_clip(
             broadcasts to the ratios where samples differ in it (DPPO's denoising steps).
         clip_high: how far above 1 (DAPO, Yu et al. 2025, arXiv:2503.14476: "clip-higher").
     """
+    _check_shapes(log_ratio, advantage)
     r, a = ratio(log_ratio), advantage.float()
     high = clip if clip_high is None else clip_high
     clipped = r.clamp(1 - clip, 1 + high)  # type: ignore[arg-type]
@@ -86,6 +98,7 @@ def dual_clip(
         clip: as for `ppo_clip`.
         bound: above this ratio, over 1, a negative advantage counts no further.
     """
+    _check_shapes(log_ratio, advantage)
     a = advantage.float()
     clipped = ppo_clip(log_ratio, advantage, clip=clip)
     return torch.where(a < 0, torch.minimum(clipped, -bound * a), clipped)
@@ -109,6 +122,7 @@ def masked(
         clip: largest |ratio - 1|, or largest divergence.
         divergence: [*], at least 0, such as the KL of two Gaussians; it gets no gradient.
     """
+    _check_shapes(log_ratio, advantage)
     r, a = ratio(log_ratio), advantage.float()
     outside = (r.detach() - 1).abs() > clip if divergence is None else divergence.detach() > clip
     moves_away = a * log_ratio.detach().float() > 0
@@ -120,12 +134,14 @@ def spo(log_ratio: Tensor, advantage: Tensor, *, clip: float = 0.2) -> Tensor:
 
     A parabola whose best ratio is 1 + sign(advantage) * clip: outside, the gradient leads back, where a clip has none.
     """
+    _check_shapes(log_ratio, advantage)
     r, a = ratio(log_ratio), advantage.float()
     return -(r * a - a.abs() / (2 * clip) * (r - 1).square())
 
 
 def asymmetric_trust_region(log_ratio: Tensor, advantage: Tensor, *, clip: float = 0.05) -> Tensor:
     """Return `ppo_clip` where the advantage is not negative, `spo` where it is (ASPO of FPO++, arXiv:2602.02481)."""
+    _check_shapes(log_ratio, advantage)
     return torch.where(
         advantage >= 0,
         ppo_clip(log_ratio, advantage, clip=clip),
@@ -147,6 +163,7 @@ def discovered_drift(
         alpha: width for positive advantages, on the scale of (ratio - 1) * advantage.
         beta: width for negative ones, on the scale of log_ratio * advantage.
     """
+    _check_shapes(log_ratio, advantage)
     r, a, log_r = ratio(log_ratio), advantage.float(), log_ratio.float()
     wished, unwished = (r - 1) * a, log_r * a
     drift = torch.where(
@@ -165,6 +182,7 @@ def learned_drift(log_ratio: Tensor, advantage: Tensor, *, drift: LearnedDrift) 
         advantage: [*].
         drift: see `agents.core.drift`.
     """
+    _check_shapes(log_ratio, advantage)
     r, a = ratio(log_ratio), advantage.float()
     return -(r * a - drift(r, log_ratio.float(), a))
 
@@ -207,6 +225,7 @@ def kl_penalty(
         coefficient: of the penalty, at least 0; an agent that adapts it gives a 0-d tensor.
         estimator: see `kl_estimate`.
     """
+    _check_shapes(log_ratio, advantage)
     penalty = kl_estimate(log_ratio, estimator=estimator)
     return coefficient * penalty - ratio(log_ratio) * advantage.float()
 
@@ -235,8 +254,11 @@ def vmpo(
         epsilon: nats.
 
     Raises:
-        ValueError: fewer than two samples.
+        ValueError: fewer than two samples, or no batch of them.
     """
+    if log_prob.ndim != 1 or log_prob.shape != advantage.shape:
+        shapes = f"{tuple(log_prob.shape)} and {tuple(advantage.shape)}"
+        raise ValueError(f"V-MPO ranks a batch: log-probabilities and advantages [B]; got {shapes}")
     if len(advantage) < 2:
         raise ValueError(
             f"V-MPO halves a batch; it got {len(advantage)} sample(s), give at least 2"

@@ -1,5 +1,6 @@
 """Surrogates against finite differences, their papers' formulas written as loops, and each other."""
 
+import inspect
 import math
 from functools import partial
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.core import policy_gradient as pg
+from agents.core.drift import load_drift
 
 SURROGATES = {
     "reinforce": pg.reinforce,
@@ -73,6 +75,40 @@ def test_at_ratio_one_each_is_the_policy_gradient(name):
     a = torch.tensor([-2.0, -0.3, 0.5, 1.7])
     _, gradient = value_and_gradient(SURROGATES[name], torch.zeros(4), a)
     torch.testing.assert_close(gradient, -a)
+
+
+def with_advantages():
+    """Return every public function of the module that takes advantages or rewards, with what else it must be given."""
+    further = {"drift": load_drift(), "temperature": torch.tensor(1.0)}
+    found = {}
+    for name, function in inspect.getmembers(pg, inspect.isfunction):
+        parameters = inspect.signature(function).parameters
+        takes_credit = not {"advantage", "reward"}.isdisjoint(parameters)
+        if takes_credit and not name.startswith("_"):
+            needed = {key: value for key, value in further.items() if key in parameters}
+            found[name] = partial(function, **needed)
+    return found
+
+
+def test_the_loop_over_the_module_finds_every_surrogate():
+    assert with_advantages().keys() == {*SURROGATES, "learned_drift", "vmpo", "rebel"}
+
+
+@pytest.mark.parametrize("name", with_advantages())
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage"), [((6, 1), (6,)), ((6,), (6, 1)), ((2, 6), (6,))]
+)
+def test_shapes_that_differ_are_named_and_not_broadcast(name, log_ratio, advantage):
+    first, second = (
+        str(shape).replace("(", r"\(").replace(")", r"\)") for shape in (log_ratio, advantage)
+    )
+    with pytest.raises(ValueError, match=f"{first} and {second}"):
+        with_advantages()[name](torch.zeros(log_ratio), torch.ones(advantage))
+
+
+def test_vmpo_ranks_one_batch():
+    with pytest.raises(ValueError, match=r"\(6, 1\) and \(6, 1\)"):
+        pg.vmpo(torch.zeros(6, 1), torch.ones(6, 1), torch.tensor(1.0))
 
 
 @given(st.floats(-3, 3), st.floats(-5, 5))
