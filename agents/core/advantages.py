@@ -5,7 +5,8 @@ limit is the episode's own last observation and not the next episode's first. Te
 only end what was seen of it: there, and at the rollout's last row, the rest is estimated by `next_value`. Across
 samples of one prompt or state, arrays are [B] with the group of every sample.
 
-Everything is computed in float32 and without gradient.
+Everything is computed in float32 and without gradient. Where samples are compared, a reward that is not finite would
+silently make those of all others so, or would be left out as if it said nothing: it is refused by its place.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from agents.core.errors import NotFiniteError
 
 Spread = Literal["group", "batch", "none"]
 
@@ -139,8 +142,12 @@ def group_relative(
             (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783).
         limit: largest magnitude (Flow-GRPO 5); None for none.
         epsilon: added to the standard deviation (Flow-GRPO 1e-4).
+
+    Raises:
+        NotFiniteError: a reward is not finite; names its place and its group.
     """
     reward = reward.float()
+    _check_finite("reward", reward, "group", group)
     index, count, mean = _by_group(reward, group)
     centered = reward - mean[index]
     variance = torch.zeros_like(mean).index_add_(0, index, centered.square()) / count
@@ -165,8 +172,12 @@ def leave_one_out(reward: Tensor, group: Tensor) -> GroupAdvantage:
     Args:
         reward: [B].
         group: int64 [B].
+
+    Raises:
+        NotFiniteError: as `group_relative`.
     """
     reward = reward.float()
+    _check_finite("reward", reward, "group", group)
     index, count, mean = _by_group(reward, group)
     others = (count - 1)[index]
     kept = others > 0
@@ -189,8 +200,12 @@ def set_level(score: Tensor, members: Tensor, start: Tensor, rollouts: int) -> G
 
     Returns:
         Advantages [rollouts]; not kept are rollouts in no set, or only in sets that nothing is compared with.
+
+    Raises:
+        NotFiniteError: a score is not finite; names its place and its start.
     """
     score = score.float()
+    _check_finite("score", score, "start", start)
     index, sets, mean = _by_group(score, start)
     compared = sets[index] > 1
     advantage = (score - mean[index])[compared, None].expand(-1, members.shape[1]).reshape(-1)
@@ -215,8 +230,13 @@ class ConditionStatistics:
         self._rewards: dict[str, deque[float]] = {}
 
     def advantage(self, reward: Tensor, condition: Sequence[str], epsilon: float = 1e-6) -> Tensor:
-        """Take in rewards [B] of their conditions, and return their advantages, float32 [B] on the same device."""
+        """Take in rewards [B] of their conditions, and return their advantages, float32 [B] on the same device.
+
+        Raises:
+            NotFiniteError: a reward is not finite; names its place and its condition, and nothing is taken in.
+        """
         values = reward.detach().double().cpu()
+        _check_finite("reward", values, "condition", condition)
         for name, value in zip(condition, values.tolist(), strict=True):
             self._rewards.setdefault(name, deque(maxlen=self.window)).append(value)
         batch = (float(values.mean()), float(values.std(correction=0)))
@@ -238,6 +258,17 @@ class ConditionStatistics:
         """Restore what `state_dict` returned."""
         rewards = state["rewards"]
         self._rewards = {name: deque(values, self.window) for name, values in rewards.items()}
+
+
+def _check_finite(name: str, values: Tensor, of: str, owners: Tensor | Sequence[str]) -> None:
+    """Raise a NotFiniteError that names the first of values [B] that is not finite, and whose it is."""
+    finite = values.isfinite()
+    if not bool(finite.all()):
+        place = int((~finite).nonzero()[0, 0])
+        owner = owners[place].item() if isinstance(owners, Tensor) else repr(owners[place])
+        raise NotFiniteError(
+            f"'{name}' is {values[place].item()} in sample {place} of {len(values)} ({of} {owner})"
+        )
 
 
 def _by_group(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:

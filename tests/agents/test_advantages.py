@@ -15,6 +15,7 @@ from agents.core.advantages import (
     n_step_return,
     set_level,
 )
+from agents.core.errors import NotFiniteError
 
 
 def rollout(seed=0, steps=37, envs=3, ends=0.15):
@@ -220,6 +221,35 @@ def test_conditions_are_compared_with_their_own_past_once_it_is_long_enough():
     third = torch.tensor([0.0, 0.0, 0.0, 20.0])
     torch.testing.assert_close(statistics.advantage(third, names), twin.advantage(third, names))
     assert all(len(values) == 6 for values in statistics.state_dict()["rewards"].values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named_and_not_compared(bad):
+    """One NaN would be left out of its group without a word, or make a whole batch NaN."""
+    rewards = REWARDS.clone()
+    rewards[3] = bad
+    said = rf"'reward' is {bad} in sample 3 of 8 \(group 7\)"
+    for spread in ("group", "batch", "none"):
+        with pytest.raises(NotFiniteError, match=said):
+            group_relative(rewards, GROUPS, spread=spread)
+    with pytest.raises(NotFiniteError, match=said):
+        leave_one_out(rewards, GROUPS)
+    members = torch.tensor([[0, 1], [1, 2]])
+    with pytest.raises(NotFiniteError, match=rf"'score' is {bad} in sample 1 of 2 \(start 4\)"):
+        set_level(torch.tensor([0.5, bad]), members, torch.tensor([4, 4]), rollouts=3)
+
+
+def test_a_reward_that_is_not_finite_does_not_poison_its_conditions_past():
+    statistics = ConditionStatistics(window=4, at_least=2)
+    names = ["easy", "hard", "easy", "hard"]
+    statistics.advantage(torch.tensor([1.0, 2.0, 3.0, 5.0]), names)
+    before = statistics.state_dict()
+    with pytest.raises(
+        NotFiniteError, match=r"'reward' is nan in sample 1 of 4 \(condition 'hard'\)"
+    ):
+        statistics.advantage(torch.tensor([1.0, float("nan"), 3.0, 5.0]), names)
+    assert statistics.state_dict() == before
+    assert statistics.advantage(torch.tensor([1.0, 2.0, 3.0, 5.0]), names).isfinite().all()
 
 
 def test_a_window_shorter_than_what_is_needed_is_refused():
