@@ -74,15 +74,17 @@ def conjugate_gradient(
         product: A; symmetric and positive definite.
         target: [P].
         iterations: at most as many; P of them solve the system exactly, but for rounding.
-        tolerance: squared norm of the residual that is taken for 0.
+        tolerance: squared norm of the residual, over the target's, that is taken for 0: how long is searched does not
+            depend on the unit of what is to grow.
     """
     solution = torch.zeros_like(target)
     residual, direction = target.clone(), target.clone()
     square = residual @ residual
+    enough = tolerance * square
     for _ in range(iterations):
         with torch.enable_grad():
             image = product(direction)
-        goes_on = square > tolerance
+        goes_on = square > enough
         step = torch.where(goes_on, square / (direction @ image), 0)
         solution = solution + step * direction
         residual = residual - step * image

@@ -136,6 +136,17 @@ def test_the_policys_step_and_the_values_fit_move_different_parameters(space):
 
 
 @pytest.mark.parametrize("action_space", [CONTINUOUS, DISCRETE])
+def test_rewards_in_a_small_unit_move_the_policy_as_far(action_space):
+    agent = build(action_space=action_space, normalize_advantage=False)
+    experience = collect(agent, STATE, action_space).experience()
+    samples = agent.credit(experience)
+    small = dataclasses.replace(samples, advantage=1e-6 * samples.advantage)
+    metrics = agent.move_policy(experience, agent.parts(experience, small))
+    assert metrics["trust_region/failed"] == 0
+    assert metrics["trust_region/kl"] > 0.1 * agent.config.max_kl
+
+
+@pytest.mark.parametrize("action_space", [CONTINUOUS, DISCRETE])
 def test_a_rollout_in_parts_moves_as_one(action_space, monkeypatch):
     whole, parts = build(action_space=action_space), build(action_space=action_space)
     rollout = collect(whole, STATE, action_space)

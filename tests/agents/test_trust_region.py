@@ -179,6 +179,17 @@ def test_nothing_happens_where_there_is_nothing_to_solve():
     assert gain == 0
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_the_step_does_not_depend_on_the_unit_of_what_is_to_grow(unit):
+    """An absolute tolerance took gradients of small rewards for no gradient at all: the policy never moved."""
+    matrix, gradient = positive_definite(6).float(), torch.randn(6)
+    step, gain = natural_step(matrix.mv, gradient, limit=0.02, iterations=6)
+    scaled_step, scaled_gain = natural_step(matrix.mv, unit * gradient, limit=0.02, iterations=6)
+    assert step.norm() > 0.1
+    torch.testing.assert_close(scaled_step, step, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scaled_gain, unit * gain, rtol=1e-4, atol=0)
+
+
 def test_the_step_is_the_best_one_within_a_quadratics_limit():
     """Of all steps with 1/2 s A s = limit, A^-1 g direction gains most: sqrt(2 limit g A^-1 g)."""
     matrix, gradient = positive_definite(6), torch.randn(6, dtype=torch.float64)
