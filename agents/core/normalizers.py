@@ -67,14 +67,22 @@ class RewardScale(nn.Module):
         )
 
     @torch.no_grad()
-    def update(self, reward: Tensor, ended: Tensor) -> None:
-        """Take in a rollout's rewards [T, N] and which steps ended an episode, bool [T, N]."""
+    def update(self, reward: Tensor, ended: Tensor, kept: Tensor | None = None) -> None:
+        """Take in a rollout's rewards.
+
+        Args:
+            reward: [T, N].
+            ended: bool [T, N], an episode ended with the step.
+            kept: bool [T, N], at least one; the others were lost, which ends an episode too, and tell no return.
+                None for all.
+        """
+        kept = torch.ones_like(ended) if kept is None else kept
         returns = []
-        for now, end in zip(reward.double(), ended, strict=True):
+        for now, end in zip(reward.double(), ended | ~kept, strict=True):
             self.running.mul_(self.discount).add_(now)
             returns.append(self.running.clone())
             self.running.masked_fill_(end, 0.0)
-        self.moments.update(torch.cat(returns))
+        self.moments.update(torch.stack(returns)[kept])
 
     @property
     def spread(self) -> Tensor:

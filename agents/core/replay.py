@@ -10,7 +10,7 @@ was dropped are simply not taken. The stack of a row reaches back over its own f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -368,14 +368,17 @@ class Replay(Rows):
             valid &= self._taken[slots]
         return np.stack([env, counter])[:, valid]
 
-    def _observe(self, env: np.ndarray, counter: np.ndarray) -> dict[str, Tensor]:
-        """Return the observations of rows, with whole stacks, shaped like `counter` in front."""
+    def _observe(
+        self, env: np.ndarray, counter: np.ndarray, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the observations of rows, with whole stacks, shaped like `counter` in front; some parts, or all."""
         slots = self._slots(counter, env)
-        if self._stacked:
+        wanted = [name for name in self._observations if names is None or name in names]
+        if any(name in self._stacked for name in wanted):
             back = np.minimum(np.arange(self.frame_stack - 1, -1, -1), self._age[slots][..., None])
             stacks = self._slots(counter[..., None] - back, env[..., None])
         observation = {}
-        for name in self._observations:
+        for name in wanted:
             if name in self._stacked:
                 observation[name] = self._gather(name, stacks).flatten(slots.ndim, slots.ndim + 1)
             else:

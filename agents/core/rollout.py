@@ -10,7 +10,7 @@ Arrays are [T, N], time first, on the learner's device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,9 @@ from torch import Tensor
 from agents.core.errors import UserError
 from agents.core.fields import Field, Storage
 from agents.core.replay import Replay, part_of
+
+MOST_AT_ONCE = 512
+"""Observations that a critic is asked about together, for the sake of memory."""
 
 Evaluate = Callable[[dict[str, Tensor]], Tensor]
 """From a batch of observations [M, ...] to their values [M]."""
@@ -99,10 +102,16 @@ class Experience:
         values = self.extras[name].flatten(0, 1)
         return values[index.to(values.device, non_blocking=True)]
 
+    def kept_states(self) -> Tensor:
+        """Return the states that were seen before the kept steps, float32 [M, D]; no picture is read for it."""
+        return self.rollout.observe(torch.from_numpy(self._kept_steps), ahead=0, names=["state"])[
+            "state"
+        ]
+
     def next_values(self, value: Tensor, evaluate: Evaluate) -> Tensor:
         """Return the values of what followed every step, [T, N]; 0 after terminations.
 
-        The next step's value where the episode goes on; only the others are evaluated.
+        The next step's value where the episode goes on; only the others are evaluated, `MOST_AT_ONCE` together.
 
         Args:
             value: [T, N], of what was seen before every step.
@@ -115,9 +124,10 @@ class Experience:
         cut[-1] |= ~self.terminated[-1]
         cut &= self.kept
         index = cut.flatten().nonzero()[:, 0].cpu()
-        if len(index):
-            values = evaluate(self.next_observation(index)).to(following)
-            following.view(-1)[index.to(following.device)] = values
+        if len(index):  # nothing would still be one part
+            for part in index.split(MOST_AT_ONCE):
+                values = evaluate(self.next_observation(part)).to(following)
+                following.view(-1)[part.to(following.device)] = values
         return following
 
     def minibatches(self, size: int, generator: np.random.Generator) -> Iterator[Tensor]:
@@ -317,15 +327,23 @@ class Rollout(Replay):
             rollout=self,
         )
 
-    def observe(self, index: Tensor, ahead: int) -> dict[str, Tensor]:
-        """Return the observations `ahead` rows after the ones in which steps were taken, [M, ...]."""
+    def observe(
+        self, index: Tensor, ahead: int, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the observations `ahead` rows after the ones in which steps were taken, [M, ...].
+
+        Args:
+            index: int64 [M] on the CPU, numbers of steps in the flattened [T, N].
+            ahead: 0, or 1 for what they led to.
+            names: the parts that are wanted; None for all.
+        """
         if self._flat is None:
             self._flat = np.concatenate(self._ids)
         ids = self._flat[index.numpy()]
         if (ids < 0).any():
             raise ValueError("a step that was dropped has no observations: leave it out by `kept`")
         counter, env = np.divmod(ids, self.num_envs)
-        return self._observe(env, counter + ahead)
+        return self._observe(env, counter + ahead, names)
 
     def get_state(self) -> dict[str, Any]:
         """Return the replay's state and which of its rows are this rollout's."""

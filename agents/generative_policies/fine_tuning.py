@@ -273,9 +273,11 @@ class FineTuner(OnPolicyAgent):
     # ---------------------------------------------------------------------------------- learning
 
     def update(self, batch: Experience) -> dict[str, Tensor]:
-        """Learn from a rollout, then take it into the statistics."""
+        """Learn from a rollout, then take its observations into the statistics."""
         if not batch.kept.any():  # every worker died in every step
             return {}
+        if self.config.scale_reward:
+            take_in_rewards(self.rewards, batch)
         advantage, target = self.credit(batch)
         extras = {name: value.flatten(0, 1) for name, value in batch.extras.items()}
         metrics: list[dict[str, Tensor]] = []
@@ -402,14 +404,11 @@ class FineTuner(OnPolicyAgent):
         return self.critic(observation)
 
     def _take_in(self, experience: Experience) -> None:
-        """Update the statistics by which the next rollout is normalized."""
+        """Update the statistics by which the next rollout's states are normalized."""
         config = self.config
-        if config.scale_reward:
-            take_in_rewards(self.rewards, experience)
         if self.moments is None or self.has_base or not config.normalize_observation:
             return
-        index = experience.kept.flatten().nonzero()[:, 0].cpu()
-        self.moments.update(experience.observation(index)["state"])
+        self.moments.update(experience.kept_states())
         encoders = [self.policy.condition, self.critic.condition]
         for encoder in encoders if self.base is None else [*encoders, self.base.condition]:
             normalizer = encoder.ranges["state"]

@@ -1,13 +1,15 @@
 """The skeleton that on-policy agents share: act, credit, statistics, state; how they learn is each algorithm's own.
 
-The order inside one update: scale rewards, advantages and targets from the values that were seen while acting, the
-algorithm's gradient steps (`OnPolicyActorCritic.learn`), then the statistics by which the next rollout is normalized.
+The order inside one update: take the rewards into their scale, and scale them; advantages and targets from the values
+that were seen while acting; the algorithm's gradient steps (`OnPolicyActorCritic.learn`); then the statistics by which
+the next rollout's observations are normalized.
 
 Differences from common implementations:
 - Time limits bootstrap from the episode's own last observation, terminations do not, and steps whose worker died are
   left out.
-- Observations and rewards are normalized inside the agent, with statistics that change only after an update: what acts
-  and what learns see the same numbers, so the ratio is 1 at the first inner step.
+- Observations are normalized inside the agent, with statistics that change only after an update: what acts and what
+  learns see the same numbers, so the ratio is 1 at the first inner step. Rewards are scaled by all that were seen, this
+  rollout's included (Stable-Baselines3's VecNormalize: up to each step): the first ones are on that scale, too.
 - `memory_size` gives every agent a recurrent memory: a GRU behind the encoder, beside which policy and value still
   see what is there now. Chunks of steps go on from the memory that acting had (as in R2D2's stored states; Kapturowski
   et al. 2019), and what follows a rollout or a time limit is valued with the memory at that point.
@@ -85,7 +87,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
 
     Args:
         observation_space: uint8 pixels (3*k, H, W), a float vector, or a Dict of both.
-        action_space: Box or Discrete.
+        action_space: Box(-1, 1) or Discrete.
         config: settings.
         num_envs: environments that act side by side; rewards are scaled by each one's return.
         device: where networks live.
@@ -114,6 +116,13 @@ class OnPolicyActorCritic(OnPolicyAgent):
         if is_box and not (math.prod(self.shape) and action_space.dtype.kind == "f"):
             raise UserError(
                 f"{name} draws at least one real number, which does not fit {action_space}"
+            )
+        if isinstance(action_space, gym.spaces.Box) and not (
+            (action_space.low == -1).all() and (action_space.high == 1).all()
+        ):
+            raise UserError(
+                f"{name} acts in [-1, 1], which does not fit {action_space}; wrap the task in Gymnasium's "
+                "RescaleAction(env, -1.0, 1.0)"
             )
         self.distribution: type[Policy] = Gaussian if is_box else Categorical
         self.config, self.device, self.num_envs = config, torch.device(device), num_envs
@@ -220,9 +229,11 @@ class OnPolicyActorCritic(OnPolicyAgent):
         """
 
     def update(self, batch: Experience) -> dict[str, Tensor]:
-        """Learn from a rollout, then take it into the statistics."""
+        """Learn from a rollout, then take its observations into the statistics."""
         if not batch.kept.any():  # every worker died in every step
             return {}
+        if self.config.scale_reward:
+            take_in_rewards(self.rewards, batch)
         value, samples = batch.extras["value"], self.credit(batch)
         metrics = self.learn(batch, samples)
         self._take_in(batch)
@@ -350,12 +361,9 @@ class OnPolicyActorCritic(OnPolicyAgent):
         return self.network(observation)[1]
 
     def _take_in(self, experience: Experience) -> None:
-        """Update the statistics by which the next rollout is normalized."""
-        if self.config.scale_reward:
-            take_in_rewards(self.rewards, experience)
+        """Update the statistics by which the next rollout's states are normalized."""
         if self.network.moments is not None:
-            index = experience.kept.flatten().nonzero()[:, 0].cpu()
-            self.network.moments.update(experience.observation(index)["state"])
+            self.network.moments.update(experience.kept_states())
 
     def saliency(self, observation: Observation, action: Tensor) -> Tensor | None:
         """Return where the value looks, by guided backpropagation."""

@@ -26,14 +26,11 @@ from torch.nn import functional as F
 
 from agents.core.advantages import n_step_return
 from agents.core.agent import Observation
-from agents.core.rollout import Experience
+from agents.core.rollout import MOST_AT_ONCE, Experience
 from agents.on_policy.actor_value import ActorValue, tanh_mlp
 
 Critic = Literal["mean", "quantile", "distilled"]
 """What the value is: an output of its own; the mean of implicit quantiles; PG-Rainbow's function of both."""
-
-MOST_AT_ONCE = 512
-"""Observations whose quantiles are computed together, for the sake of memory."""
 
 
 class QuantileCritic(nn.Module):

@@ -56,9 +56,9 @@ def credited(
 
 
 def take_in_rewards(scale: RewardScale, experience: Experience) -> None:
-    """Update the statistics by which the next rollout's rewards are scaled."""
-    ended = experience.terminated | experience.truncated | ~experience.kept
-    scale.update(experience.reward, ended)
+    """Take a rollout's rewards into the statistics by which they are scaled, before they are."""
+    ended = experience.terminated | experience.truncated
+    scale.update(experience.reward, ended, experience.kept)
 
 
 def passes(

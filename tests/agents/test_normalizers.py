@@ -44,6 +44,26 @@ def test_rewards_are_divided_by_the_spread_of_the_discounted_return():
     np.testing.assert_allclose(scale.running, running)
 
 
+def test_lost_steps_tell_no_return():
+    """Their reward is blanked; counted, many of them would make the spread small."""
+    rng = np.random.default_rng(2)
+    reward, ended = rng.normal(size=(40, 3)) + 2, rng.random((40, 3)) < 0.1
+    kept = rng.random((40, 3)) < 0.6
+    returns = []
+    for n in range(3):
+        running = 0.0
+        for t in range(40):
+            running = running * 0.9 + reward[t, n]
+            if kept[t, n]:
+                returns.append(running)
+            if ended[t, n] or not kept[t, n]:
+                running = 0.0
+    scale = RewardScale(3, discount=0.9)
+    scale.update(torch.tensor(reward * kept), torch.tensor(ended), torch.tensor(kept))
+    assert scale.spread.item() == pytest.approx(np.std(returns), rel=1e-6)
+    assert scale.moments.count == kept.sum()
+
+
 def test_ranges_become_minus_one_to_one_and_back():
     data = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
     normalizer = RangeNormalizer(3)

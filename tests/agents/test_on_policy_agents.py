@@ -39,6 +39,37 @@ def build(name, space=STATE, action_space=CONTINUOUS, seed=0, device="cpu", **ch
     )
 
 
+def test_the_first_rollouts_rewards_are_on_the_scale_of_the_later_ones():
+    """At a spread of 1 they would be cut off at 10, and the value would begin with returns of another size."""
+    agent = build("ppo", scale_reward=True)
+    experience = collect(agent, STATE, CONTINUOUS).experience()
+    large = dataclasses.replace(experience, reward=500 * experience.reward)
+    seen, real = [], agent.rewards.scale
+    agent.rewards.scale = lambda reward: seen.append(real(reward)) or seen[-1]
+    agent.update(large)
+    assert 0.1 < seen[0].std() < 2
+    assert seen[0].abs().max() < 10
+    torch.testing.assert_close(seen[0].double() * agent.rewards.spread, large.reward.double())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_of_states_read_no_picture(name, monkeypatch):
+    """Stacks of a whole rollout at once took a gigabyte to read a few numbers."""
+    agent = build(name, BOTH, normalize_observation=True)
+    experience = collect(agent, BOTH, CONTINUOUS).experience()
+    index = experience.kept.flatten().nonzero()[:, 0]
+    states = experience.observation(index)["state"].double()
+    read, real = [], Rollout._gather
+    monkeypatch.setattr(
+        Rollout,
+        "_gather",
+        lambda self, field, slots: read.append(field) or real(self, field, slots),
+    )
+    agent._take_in(experience)
+    assert read == ["state"]
+    torch.testing.assert_close(agent.network.moments.mean, states.mean(0))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("space", [BOTH, STATE])
 @pytest.mark.parametrize("action_space", [CONTINUOUS, DISCRETE])
@@ -108,6 +139,9 @@ def test_lost_steps_are_left_out(name):
         (gym.spaces.Discrete(3, start=1), "from 0"),
         (gym.spaces.Box(0, 5, (2,), np.int64), "real number"),
         (gym.spaces.Box(-1, 1, (0,), np.float32), "at least one"),
+        (gym.spaces.Box(-2, 2, (2,), np.float32), r"acts in \[-1, 1\].*RescaleAction"),
+        (gym.spaces.Box(-1, np.float32([1, 3]), (2,), np.float32), r"acts in \[-1, 1\]"),
+        (gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), r"acts in \[-1, 1\]"),
     ],
 )
 def test_spaces_that_fit_no_head_are_refused(name, action_space, said):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.core import rollout as rollouts
 from agents.core.advantages import generalized_advantage
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
@@ -161,6 +162,29 @@ def test_next_values_are_evaluated_only_where_the_next_step_does_not_have_them()
     assert 0 < asked[0] <= ends + ENVS
     ended = experience.terminated, experience.truncated
     assert generalized_advantage(experience.reward, value, found, *ended).isfinite().all()
+
+
+def test_what_followed_is_valued_in_parts_that_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(4)
+    rollout = make(40)
+    rollout.start(world.observation())
+    fill(rollout, world, 40)
+    experience = rollout.experience()
+    sizes: list[int] = []
+
+    def evaluate(observation: dict[str, torch.Tensor]) -> torch.Tensor:
+        sizes.append(len(observation["state"]))
+        return observation["state"].sum(1)
+
+    value = torch.zeros(40, ENVS)
+    whole = experience.next_values(value, evaluate)
+    assert len(sizes) == 1
+    monkeypatch.setattr(rollouts, "MOST_AT_ONCE", 3)
+    assert torch.equal(experience.next_values(value, evaluate), whole)
+    assert max(sizes[1:]) == 3
+    assert sum(sizes[1:]) == sizes[0]
 
 
 def test_a_lost_step_says_nothing_about_the_ones_before_it() -> None:
