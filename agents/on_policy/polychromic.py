@@ -53,9 +53,9 @@ class PolychromicConfig(PPOConfig):
     vine_length: int = 64
     """Steps of a vine, of which it uses those of its own episode (the paper goes to the episode's end)."""
     set_size: int = 4
-    """Trajectories in a set."""
+    """Trajectories in a set; fewer than vines, or all sets would be one."""
     sets: int = 4
-    """Random sets from every state."""
+    """Random sets from every state, which are compared with one another."""
     window: int = 5
     """Steps after a vine's first one that have its sets' advantage as well."""
     behavior: str = "ended"
@@ -72,8 +72,10 @@ class PolychromicConfig(PPOConfig):
     """Weight of the penalty on KL(old || new) (the paper tries .005 to .1)."""
 
     RANGES: ClassVar[Ranges] = (
-        ("branches vine_length sets", at_least_one, "a positive number"),
-        ("vines set_size", lambda value: value >= 2, "at least 2"),
+        ("branches vine_length", at_least_one, "a positive number"),
+        ("sets", lambda value: value >= 2, "at least 2: a set is compared with its state's others"),
+        ("vines", lambda value: value >= 3, "at least 3: sets of 2 must be able to differ"),
+        ("set_size", lambda value: value >= 2, "at least 2: a single trajectory has no diversity"),
         ("window behavior_kl set_weight", not_negative, "0 or more"),
         ("cell", lambda value: 0 < value < math.inf, "a positive number"),
         ("lowest_return highest_return", math.isfinite, "a finite number"),
@@ -88,9 +90,10 @@ class PolychromicConfig(PPOConfig):
             raise UserError(
                 f"memory_size is {self.memory_size}, but polychromic PPO learns without a memory; give 0"
             )
-        if self.set_size > self.vines:
+        if self.set_size >= self.vines:
             raise UserError(
-                f"set_size is {self.set_size} and there are {self.vines} vines to draw from; give at most {self.vines}"
+                f"set_size is {self.set_size} and there are {self.vines} vines to draw from, so sets could not differ; "
+                f"give at most {self.vines - 1}, or more vines"
             )
         if self.lowest_return >= self.highest_return:
             raise UserError(
@@ -196,7 +199,7 @@ class PolychromicPPO(PPO):
         members, starts = [np.zeros((0, size), np.int64)], [np.zeros(0, np.int64)]
         for number in range(int(start.max(initial=-1)) + 1):
             own = rollout[(start == number) & vines.whole.reshape(-1)]
-            if len(own) >= size:
+            if len(own) > size:  # sets of all of them would be one, and say nothing
                 draws = [self.order.permutation(own)[:size] for _ in range(self.config.sets)]
                 members.append(np.stack(draws))
                 starts.append(np.full(self.config.sets, number))

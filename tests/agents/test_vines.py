@@ -12,9 +12,10 @@ import envs
 from agents.core.behaviors import BEHAVIORS, diversity
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
+from agents.core.fields import step_fields
 from agents.core.logging import Logger
 from agents.core.loops import LoopSettings
-from agents.core.rollout import Rollout
+from agents.core.rollout import TEACHER_ACTION, Rollout
 from agents.core.training import Hooks
 from agents.core.vines import VineLoop, VinePlan, Vines
 from agents.on_policy.polychromic import PolychromicConfig, PolychromicPPO, set_scores
@@ -417,7 +418,10 @@ def test_the_ratio_is_one_at_the_first_inner_step(tmp_path):
     ("field", "value"),
     [
         ("branches", 0),
-        ("vines", 1),
+        ("vines", 2),
+        ("sets", 1),
+        ("set_size", 1),
+        ("set_size", 8),
         ("set_size", 9),
         ("window", -1),
         ("cell", 0.0),
@@ -433,3 +437,80 @@ def test_impossible_settings_are_refused(field, value):
     with pytest.raises(UserError, match=field) as refused:
         PolychromicConfig(**{field: value})
     assert "\n" not in str(refused.value)
+
+
+def test_the_least_that_refusals_recommend_runs_and_its_sets_say_something(tmp_path):
+    """Sets of all vines, and a set alone, would turn the method off without a word."""
+    with pytest.raises(UserError, match="give at most 2") as refused:
+        PolychromicConfig(vines=3, set_size=3)
+    assert "more vines" in str(refused.value)
+    least = PolychromicConfig(**{**vars(TINY), "vines": 3, "set_size": 2, "sets": 2})
+    loop = make_loop(tmp_path, config=least, steps=120)
+    agent, differ = loop.agent, []
+    real = agent.update
+
+    def update(batch):
+        credit = agent.credit(batch).advantage
+        differ.append((credit != super(PolychromicPPO, agent).credit(batch).advantage).any().item())
+        return real(batch)
+
+    agent.update = update
+    loop.run()
+    assert len(differ) == 5
+    assert any(differ)
+
+
+def test_a_state_with_no_more_vines_than_a_set_takes_keeps_ppos_advantages(tmp_path):
+    """Where workers were lost all sets of a state may be one; their advantage would be 0."""
+    drops = frozenset({(step, 1) for step in (3, 14)})
+    loop = make_loop(tmp_path, Counting(length=100, drops=drops))
+    seen = caught(loop)
+    loop.run()
+    vines = seen[0]["vines"]
+    whole = np.bincount(vines.start[vines.whole], minlength=2 * ENVS)
+    assert 2 in whole, "as many as a set takes"
+    _, starts = loop.agent._draw_sets(vines)
+    assert sorted(set(starts.tolist())) == np.flatnonzero(whole == 3).tolist()
+
+
+def test_what_a_teacher_remembers_is_put_back_with_the_environments(tmp_path):
+    """The agent has no memory here, but who teaches it may have one."""
+
+    class Counts:
+        """Counts an episode's steps, and says so."""
+
+        state = None
+
+        def act(self, observation):
+            self.state = torch.zeros(ENVS) if self.state is None else self.state + 1
+            return np.repeat(self.state.numpy()[:, None], ACTION.shape[0], 1).astype(np.float32)
+
+        def begin(self, begins=None):
+            assert begins is None or not begins.any()
+
+    vector = Counting(length=100)
+    agent = PolychromicPPO(BOX, ACTION, TINY, num_envs=ENVS)
+    fields = {TEACHER_ACTION: step_fields(ACTION)["action"]}
+    rollout = Rollout(
+        BOX, ACTION, length=24, num_envs=ENVS, extras=agent.extras | fields, jumps=agent.jumps,
+        log=lambda _: None,
+    )  # fmt: skip
+    loop = VineLoop(
+        agent, vector, rollout, LoopSettings(steps=72 * ENVS, log_every=10**6, eval_every=0),
+        logger=Logger(tmp_path), checkpoints=CheckpointStore(tmp_path), action_repeat=4, seed=7,
+        hooks=Hooks(line=lambda _: None),
+    )  # fmt: skip
+    loop.teacher = Counts()
+    told = []
+    real = agent.update
+
+    def update(batch):
+        everything = torch.arange(24 * ENVS)
+        told.append((batch.observation(everything)["state"][:, 1], batch.extras[TEACHER_ACTION]))
+        return real(batch)
+
+    agent.update = update
+    loop.run()
+    assert len(told) == 3
+    for steps, advice in told:
+        assert advice.flatten(0, 1)[:, 0].tolist() == steps.tolist()

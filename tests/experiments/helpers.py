@@ -36,7 +36,7 @@ TINY_ON_POLICY = {
 }
 """The same for agents that learn from rollouts."""
 
-TINY_VINES = {"--branches": 1, "--vines": 2, "--vine-length": 2, "--set-size": 2}
+TINY_VINES = {"--branches": 1, "--vines": 3, "--vine-length": 1, "--set-size": 2}
 """The same for agents whose rollouts branch."""
 
 TINY_METHODS = {"--decoder-channels": (4, 4)}

@@ -68,7 +68,7 @@ def test_actions_out_of_range_are_cut_off_for_the_task_only(agent: str, tmp_path
         ({"surrogate": "learned_drift", "drift_file": "mine"}, "'mine' does not exist"),
         ({"replay_capacity": 100}, "unknown flag '--replay-capacity'"),
         ({"critic": "quantil"}, "invalid choice: 'quantil'"),
-        ({"vines": 8, "rollout_length": 10}, "rollout_length is 10"),
+        ({"vines": 8, "vine_length": 2, "rollout_length": 10}, "rollout_length is 10"),
         ({"behavior": "visitd"}, "did you mean visited"),
     ],
 )
