@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,8 @@ def export(
         batches += [observations, {name: part[:1] for name, part in observations.items()}]
     unfinished = file.with_name(f".writing-{file.name}")
     try:
-        with full_disk_named(file.parent):
-            _make_folder(file.parent)
+        with _refusal_named(file), full_disk_named(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
             FORMATS[kind].write(program, unfinished, json.dumps(describe(policy, boxes)))
         difference = largest_difference(policy.act, FORMATS[kind].load(unfinished), batches)
         if not difference <= LIMIT:
@@ -135,18 +135,25 @@ def export(
                 f"the exported actions differ from the run's own by {difference:.1e}, more than {LIMIT:.0e}; "
                 "nothing was written: the agent's `greedy` must do what its `act` does without exploring"
             )
-        unfinished.replace(file)
+        with _refusal_named(file):
+            unfinished.replace(file)
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(
+            OSError
+        ):  # where nothing can be written, deleting nothing is an error of many names
             unfinished.unlink()
     return difference
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _refusal_named(file: Path) -> Iterator[None]:
+    """Turn the error of a folder that takes no file into one line."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise UserError(f"cannot create folder '{folder}': {error.strerror}") from error
+        raise UserError(
+            f"cannot write '{file.name}' into folder '{file.parent}' ({error.strerror or error}); give another --out"
+        ) from error
 
 
 def largest_difference(

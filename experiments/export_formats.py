@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -87,8 +88,11 @@ def _load_onnx(file: Path) -> Act:
 
 
 def _write_archive(program: ExportedProgram, file: Path, about: str) -> None:
+    # Through memory: of a file that cannot be written PyTorch's own writer tells by a RuntimeError.
+    content = io.BytesIO()
     with _quiet():
-        torch.export.save(program, file, extra_files={_EXTRA: about})
+        torch.export.save(program, content, extra_files={_EXTRA: about})
+    file.write_bytes(content.getvalue())
 
 
 def _load_archive(file: Path) -> Act:

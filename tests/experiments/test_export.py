@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -297,6 +298,47 @@ def test_a_bad_flag_is_one_line_and_leaves_no_file(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.onnx", "taken.onnx"]
     assert not (run / "exports").exists()
     assert Path("taken.onnx").read_text() == "precious"
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+@pytest.mark.parametrize("place", ["missing", "taken"])
+def test_a_folder_that_takes_no_file_is_one_line_that_names_it(
+    ending: str,
+    place: str,
+    runs: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As /proc does, which exists and where nobody may write, not even root."""
+    run, folder = runs("sac-state"), tmp_path / "folder"
+    folder.mkdir()
+    real = export.FORMATS[ending].write
+
+    def write(program: Any, file: Path, about: str) -> None:
+        if place == "missing":
+            folder.rmdir()
+        else:
+            file.mkdir()
+        real(program, file, about)
+
+    changed = dataclasses.replace(export.FORMATS[ending], write=write)
+    monkeypatch.setitem(export.FORMATS, ending, changed)
+    err = refused(capsys, *words(run, folder / f"policy.{ending}"))
+    reason = {"missing": "No such file or directory", "taken": "Is a directory"}[place]
+    assert f"cannot write 'policy.{ending}' into folder '{folder}' ({reason})" in err
+    assert "give another --out" in err
+    left = [file for file in folder.iterdir() if file.is_file()] if folder.exists() else []
+    assert not left
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc here")
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_file_system_that_takes_no_file_is_one_line(
+    ending: str, runs: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = refused(capsys, *words(runs("sac-state"), Path(f"/proc/policy.{ending}")))
+    assert f"cannot write 'policy.{ending}' into folder '/proc' (" in err
 
 
 def test_a_run_that_does_not_exist_is_said(
