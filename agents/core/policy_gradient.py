@@ -96,7 +96,7 @@ def dual_clip(
         log_ratio: [*].
         advantage: [*].
         clip: as for `ppo_clip`.
-        bound: above this ratio, over 1, a negative advantage counts no further.
+        bound: above this ratio, over 1, a negative advantage counts no further (paper 3).
     """
     _check_shapes(log_ratio, advantage)
     a = advantage.float()
@@ -219,10 +219,17 @@ def kl_penalty(
 ) -> Tensor:
     """Return the unclipped surrogate with a penalty on KL(old || new) (Schulman et al. 2017, arXiv:1707.06347, eq. 8).
 
+    The paper's penalty is the KL of the two distributions; this one is an estimate from the steps that were taken, and
+    bounds some of them only. With `k3` a sample's gradient, ratio * (coefficient - advantage) - coefficient, turns at
+    the ratio coefficient / (coefficient - advantage) where the advantage is below the coefficient. Where it is not, the
+    gradient never turns: more of such a step is asked for, however far its ratio is, and only the other steps of its
+    state, which become less likely, hold it back.
+
     Args:
         log_ratio: [*].
         advantage: [*].
-        coefficient: of the penalty, at least 0; an agent that adapts it gives a 0-d tensor.
+        coefficient: of the penalty, at least 0 (the paper's table 1: fixed 1); an agent that adapts it gives a 0-d
+            tensor.
         estimator: see `kl_estimate`.
     """
     _check_shapes(log_ratio, advantage)
@@ -240,7 +247,7 @@ class VMPOLoss(NamedTuple):
 
 
 def vmpo(
-    log_prob: Tensor, advantage: Tensor, temperature: Tensor, *, epsilon: float = 0.1
+    log_prob: Tensor, advantage: Tensor, temperature: Tensor, *, epsilon: float = 0.01
 ) -> VMPOLoss:
     """Return V-MPO's losses (Song et al. 2019, arXiv:1909.12238).
 
@@ -251,7 +258,7 @@ def vmpo(
         log_prob: [B], under the policy that learns.
         advantage: [B], at least 2.
         temperature: 0-d, positive, requires grad.
-        epsilon: nats.
+        epsilon: nats (paper .01 for control, .02 for Atari).
 
     Raises:
         ValueError: fewer than two samples, or no batch of them.
@@ -270,13 +277,14 @@ def vmpo(
     return VMPOLoss(policy, temperature * (epsilon + mean_exp))
 
 
-def rebel(log_ratio: Tensor, reward: Tensor, *, eta: float = 1.0) -> Tensor:
+def rebel(log_ratio: Tensor, reward: Tensor, *, eta: float = 0.5) -> Tensor:
     """Return REBEL's regression of relative rewards (Gao et al. 2024, arXiv:2404.16767), one loss per pair.
 
     Args:
         log_ratio: [2, N], of two answers to the same question: actions in one state, images of one prompt.
         reward: [2, N], or advantages.
-        eta: step size: after the regression, log-ratios differ by `eta` times the rewards' difference.
+        eta: step size: after the regression, log-ratios differ by `eta` times the rewards' difference (.5 is ours: with
+            rewards of spread 1, a KL of about .02 an update, as PPO's).
 
     Returns:
         [N].

@@ -42,9 +42,12 @@ class PPOConfig(OnPolicyConfig):
     surrogate: Surrogate = "ppo_clip"
     """What keeps the policy near the one that acted; see `agents.core.policy_gradient`."""
     clip: float = 0.2
-    """Largest |ratio - 1| that surrogates with a trust region allow (PPO's paper, section 6.1)."""
+    """Largest |ratio - 1| that surrogates with a trust region allow (PPO's paper, section 6.1); for
+    `asymmetric_trust_region`, too, to which FPO++ gives .05."""
     kl_coefficient: float = 1.0
-    """Weight of `kl_penalty`'s penalty (PPO's paper, table 1: fixed 1)."""
+    """Weight of `kl_penalty`'s penalty (PPO's paper, table 1: fixed 1). The KL is estimated from the actions that were
+    taken, where the paper has that of the distributions: actions whose advantage is this weight or more are not held
+    back by their own ratio."""
     drift_file: str = ""
     """Weights of `learned_drift`, written by `experiments.evolve_drift`; empty for those that are shipped."""
     target_kl: float = math.inf
@@ -120,7 +123,8 @@ A2C = PPOConfig(
     gae_lambda=1.0, normalize_advantage=False, entropy_coefficient=0.0,
 )  # fmt: skip
 """Advantage actor-critic (Mnih et al. 2016, https://arxiv.org/abs/1602.01783): one step on all of a short rollout, with
-Stable-Baselines3's step size; its rollouts have 5 steps of more environments."""
+Stable-Baselines3's step size, which stands there beside RMSprop and here beside Adam; its rollouts have 5
+steps of more environments."""
 
 REINFORCE = PPOConfig(
     surrogate="reinforce", rollout_length=2048, minibatch_size=10**9, epochs=1, learning_rate=3e-3,

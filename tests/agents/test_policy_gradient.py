@@ -177,11 +177,25 @@ def test_runaway_ratios_stay_finite(name, x):
         loss, gradient = value_and_gradient(SURROGATES[name], [x], [a])
         assert loss.isfinite()
         assert gradient.isfinite()
-    if x > 0 and name in ("spo", "asymmetric_trust_region", "kl_penalty"):
+    if x > 0 and name in ("spo", "asymmetric_trust_region"):
         assert gradient.item() >= 0
         assert value_and_gradient(SURROGATES[name], [x], [-1.0])[1].item() > 0, (
             "it is told to come back"
         )
+
+
+@pytest.mark.parametrize("coefficient", [0.5, 1.0, 3.0])
+def test_a_sampled_kl_holds_back_the_steps_whose_advantage_is_below_its_coefficient(coefficient):
+    x = torch.linspace(-10, 10, 401)
+    penalty = partial(pg.kl_penalty, coefficient=coefficient)
+    for share in (-2.0, -0.1, 0.3, 0.9):
+        _, gradient = value_and_gradient(penalty, x, torch.full_like(x, share * coefficient))
+        turn = -math.log(1 - share)
+        assert (gradient[x < turn - 0.1] < 0).all()
+        assert (gradient[x > turn + 0.1] > 0).all(), "told to come back"
+    for share in (1.0, 1.5):
+        _, gradient = value_and_gradient(penalty, x, torch.full_like(x, share * coefficient))
+        assert (gradient < 0).all(), "asked for more of, however far it is"
 
 
 def test_the_ratio_is_smooth_where_its_line_begins():
