@@ -3,9 +3,13 @@
 On toy/reach a random policy scores 12.7, one that stays in the middle 14.1, the best script 23.9.
 """
 
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 
+from agents.core import policy_gradient
 from agents.on_policy import ppo
 from agents.on_policy.ppo import SURROGATES
 from tests.learning.on_policy import score, train
@@ -56,7 +60,7 @@ def test_shuffled_rewards_teach_nothing():
     assert score(agent, "toy/reach") < NOT_LEARNED
 
 
-@pytest.mark.parametrize("surrogate", ["ppo_clip", "spo"])
+@pytest.mark.parametrize("surrogate", sorted(SURROGATES))
 def test_the_wrong_sign_does_not_learn(surrogate, monkeypatch):
     right = SURROGATES[surrogate]
 
@@ -65,7 +69,7 @@ def test_the_wrong_sign_does_not_learn(surrogate, monkeypatch):
         return lambda log_ratio, advantage: loss(log_ratio, -advantage)
 
     monkeypatch.setitem(ppo.SURROGATES, surrogate, wrong)
-    agent, _ = train("toy/reach", surrogate=surrogate, **REACH)
+    agent, _ = train("toy/reach", surrogate=surrogate, **settings_of(surrogate))
     assert score(agent, "toy/reach") < NOT_LEARNED
 
 
@@ -105,11 +109,17 @@ def test_what_is_gone_must_be_remembered(observation):
 
 
 @pytest.mark.slow
-def test_many_passes_need_the_clip():
-    """At the seeds 0 and 1: 22.0 and 21.6 with it; 12.6 and 5.5 without."""
-    agent, _ = train("toy/reach", epochs=40, **REACH)
+def test_many_passes_need_the_clip(monkeypatch):
+    """At the seeds 0 and 1: 22.0 and 21.3 with it; 4.8 and 4.8 without, on the same ratio * advantage.
+
+    With the step size of the other tests 40 passes do no harm without it (21.6 at the seed 0).
+    """
+    many = {"epochs": 20, "learning_rate": 1e-2, **REACH}
+    agent, _ = train("toy/reach", **many)
     assert score(agent, "toy/reach") > LEARNED
-    agent, metrics = train("toy/reach", epochs=40, surrogate="reinforce", **REACH)
+    unclipped = partial(policy_gradient.ppo_clip, clip=math.inf)
+    monkeypatch.setitem(ppo.SURROGATES, "ppo_clip", lambda config: unclipped)
+    agent, metrics = train("toy/reach", **many)
     assert score(agent, "toy/reach") < NOT_LEARNED
     assert metrics[-1]["ratio/outside"] > 0.9
 
