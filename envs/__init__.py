@@ -62,6 +62,7 @@ def make(
     protocol: str | None = None,
     foreground_mask: bool = False,
     episode_length: int | None = None,
+    end_at_success: bool = False,
     render_mode: Literal["rgb_array"] | None = "rgb_array",
 ) -> Environment:
     """Return one environment.
@@ -93,6 +94,7 @@ def make(
         foreground_mask: also put `info["foreground"]`, bool [size, size], where neither sky, floor
             nor walls are seen.
         episode_length: control steps until `truncated`; None is the task's own.
+        end_at_success: the first control step in which the task is solved ends the episode: `terminated`.
         render_mode: `rgb_array`, the only one; for `gymnasium.make`.
 
     Returns:
@@ -120,6 +122,7 @@ def make(
         protocol=protocol,
         foreground_mask=foreground_mask,
         episode_length=episode_length,
+        end_at_success=end_at_success,
     )
     return Environment(settings.resolved())
 

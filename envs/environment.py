@@ -58,6 +58,7 @@ class Environment(Pixels):
                 floor_opacity=spec.floor_opacity,
             ),
             foreground_mask=settings.foreground_mask,
+            end_at_success=settings.end_at_success,
         )
         self.settings = settings.as_dict()
         self._first_seed = settings.seed

@@ -41,6 +41,7 @@ class Settings:
     protocol: str | None = None
     foreground_mask: bool = False
     episode_length: int | None = None
+    end_at_success: bool = False
 
     def resolved(self) -> Settings:
         """Return these settings without anything left open, so that they always mean the same.
@@ -64,6 +65,7 @@ class Settings:
             episode_length=settings.episode_length or spec.episode_length,
         )
         settings._warn_if_nothing_changes(spec)
+        settings._check_success(spec)
         settings._check_videos()
         return settings
 
@@ -90,6 +92,13 @@ class Settings:
             isinstance(self.camera, bool) or not isinstance(self.camera, str | int)
         ):
             raise UserError(f"camera is {self.camera!r}; expected a camera's name or number")
+
+    def _check_success(self, spec: TaskSpec) -> None:
+        """Refuse to wait for a success that no task tells; of Gymnasium's own tasks nobody knows before."""
+        if self.end_at_success and not (spec.success or spec.family == "gym"):
+            raise UserError(
+                f"end_at_success: {self.id} does not tell whether it is solved; leave it out"
+            )
 
     def _check_videos(self) -> None:
         """Look into the folder of videos, used or not: an evaluation may want it hours later."""

@@ -45,7 +45,7 @@ from experiments.running.settings import check_device
 Act = Callable[[Any, dict[str, Any]], Any]
 """From an observation and a scene to an action."""
 
-OF_A_RUN = ("distraction", "split", "videos", "quality", "episode_length")
+OF_A_RUN = ("distraction", "split", "videos", "quality", "episode_length", "end_at_success")
 """Settings of a run's task that may differ when its policy collects."""
 OF_A_PICTURE = (
     "observation", "distraction", "size", "frame_stack", "quality", "supersample", "camera", "split", "videos",

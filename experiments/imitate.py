@@ -42,6 +42,7 @@ DEFAULT_CHUNK = 8
 """Actions that are executed between two looks (Diffusion Policy)."""
 OF_THE_TASK = (
     "observation", "frame_stack", "action_chunk", "distraction", "split", "videos", "quality", "episode_length",
+    "end_at_success",
 )  # fmt: skip
 """Settings of a data set's task that may differ when it is imitated."""
 

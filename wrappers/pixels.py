@@ -62,6 +62,7 @@ class Pixels(gymnasium.Wrapper):
         distraction: what changes the picture; None leaves it clean.
         foreground_mask: put `info["foreground"]`, bool [size, size], into every info (one extra
             render).
+        end_at_success: end the episode with the first simulator step whose info tells a `success`.
 
     Attributes:
         render_seconds: what pictures took so far, distractions included; for the log.
@@ -81,6 +82,7 @@ class Pixels(gymnasium.Wrapper):
         camera: str | int | None = None,
         distraction: Distraction | None = None,
         foreground_mask: bool = False,
+        end_at_success: bool = False,
     ) -> None:
         super().__init__(env)
         self.action_repeat = action_repeat
@@ -90,6 +92,7 @@ class Pixels(gymnasium.Wrapper):
         self.distraction = distraction
         self._mode = observation
         self._foreground_mask = foreground_mask
+        self._end_at_success = end_at_success
         self._view_settings = {"camera": camera, "quality": quality}
         self._size = size
         self._supersample = supersample
@@ -142,6 +145,7 @@ class Pixels(gymnasium.Wrapper):
                 control_steps += 1
                 total += float(reward)
                 success = max(success, info.get("success", 0.0))
+                terminated = terminated or bool(self._end_at_success and success)
                 ended = terminated or truncated
                 if ended:
                     break

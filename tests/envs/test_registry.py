@@ -226,6 +226,10 @@ def test_gymnasium_makes_a_simulators_task() -> None:
         ({"distraction": "video_hard", "videos": "/no/such/folder"}, "/no/such/folder"),
         ({"distraction": "video_hard", "videos": ""}, "no video folder ''; give a folder"),
         ({"videos": "/no/such/folder"}, "/no/such/folder"),
+        (
+            {"id": "toy/balance", "end_at_success": True},
+            "toy/balance does not tell whether it is solved",
+        ),
     ],
 )
 def test_a_wrong_argument_is_told_in_one_line(arguments: dict, message: str) -> None:

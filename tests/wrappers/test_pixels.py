@@ -133,6 +133,24 @@ def test_success_in_the_middle_of_a_repeat_is_kept() -> None:
     assert [env.step(0)[4]["success"] for _ in range(2)] == [1.0, 0.0]
 
 
+@pytest.mark.parametrize(("success_at", "taken"), [(2, 2), (6, 6), (-1, 8)])
+def test_an_episode_may_end_with_the_step_that_solves_it(success_at: int, taken: int) -> None:
+    """In the middle of a repeat: no action is taken beyond, and it counts as an end, not as a time limit."""
+    task = Counter(8, success_at=success_at)
+    env = Pixels(task, size=2, action_repeat=4, end_at_success=True)
+    env.reset(seed=0)
+    for _ in range(2):
+        _, _, terminated, truncated, info = env.step(0)
+        if terminated or truncated:
+            break
+    assert task.time == taken
+    assert (terminated, truncated) == (success_at > 0, success_at < 0)
+    assert info["success"] == (success_at > 0)
+    assert info["control_steps"] == (taken - 1) % 4 + 1
+    env.reset()
+    assert not any(env.step(0)[2:4]), "another episode begins"
+
+
 def test_nothing_is_rendered_in_the_constructor_nor_for_states() -> None:
     pixels, counter = Counter(4), Counter(4)
     Pixels(pixels, size=2)
