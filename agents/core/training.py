@@ -40,6 +40,20 @@ class Choice:
     """What the store keeps beside it."""
 
 
+def successes(info: Mapping[str, Any], ended: np.ndarray) -> np.ndarray | None:
+    """Return in which environments a step solved the task, bool [N], or None where it does not tell.
+
+    Args:
+        info: of a vector environment's step; with same-step autoreset an episode's last one lies in `final_info`.
+        ended: bool [N], whose episode ended with it.
+    """
+    final = info.get("final_info", {})
+    if "success" not in info and "success" not in final:
+        return None
+    now, last = info.get("success", 0.0), final.get("success", 0.0)
+    return np.where(ended, last, now) > 0
+
+
 class TrainingLoop(RunLoop):
     """Trains an agent on a vector environment.
 
@@ -87,6 +101,8 @@ class TrainingLoop(RunLoop):
         self.agent_state: Any = None  # what `act` is given next
         self._returns: list[float] = []
         self._lengths: list[float] = []
+        self._successes: list[float] = []
+        self._solved = np.zeros(envs.num_envs, bool)  # at some moment of the episode that goes on
         self._seconds = {"environment": 0.0, "update": 0.0, "act": 0.0}
 
     @property
@@ -130,11 +146,18 @@ class TrainingLoop(RunLoop):
 
     def unlogged(self) -> dict[str, Any]:
         """See `RunLoop.unlogged`."""
-        return {"returns": self._returns, "lengths": self._lengths}
+        return {
+            "returns": self._returns,
+            "lengths": self._lengths,
+            "successes": self._successes,
+            "solved": self._solved.tolist(),
+        }
 
     def set_unlogged(self, unlogged: Mapping[str, Any]) -> None:
         """See `RunLoop.set_unlogged`."""
         self._returns, self._lengths = unlogged["returns"], unlogged["lengths"]
+        if "solved" in unlogged:  # older checkpoints do not say
+            self._successes, self._solved = unlogged["successes"], np.array(unlogged["solved"])
 
     def start(self) -> None:
         """Begin the first episodes, and make sure that checkpoints can be written later.
@@ -148,6 +171,7 @@ class TrainingLoop(RunLoop):
 
     def _reset(self, seed: int) -> None:
         self.observation, _ = self.envs.reset(seed=seed)
+        self._solved[:] = False
         self.set_memories({})
         with self._names_the_step():
             self.replay.start(self.observation)
@@ -228,15 +252,22 @@ class TrainingLoop(RunLoop):
         self.state.dropped += 0 if dropped is None else int(np.sum(dropped))
         self.observation = observation
         ended = np.asarray(terminated | truncated)
-        self.begin_episodes(ended if dropped is None else ended | dropped)
+        begins = ended if dropped is None else ended | dropped
+        self.begin_episodes(begins)
         progress.agent_steps += self.envs.num_envs
         progress.env_frames += self.envs.num_envs * self.action_repeat
+        told = successes(info, ended)
+        if told is not None:
+            self._solved |= told
         if "episode" in info:
             progress.env_frames -= self._left_out(info)
             ended = np.flatnonzero(info["_episode"])
             self._returns += [float(info["episode"]["r"][i]) for i in ended]
             self._lengths += [float(info["episode"]["l"][i]) for i in ended]
+            if told is not None:
+                self._successes += [float(self._solved[i]) for i in ended]
             self.state.episodes += len(ended)
+        self._solved &= ~begins
         clock = time.perf_counter()
         self.learn_afterwards()
         self._seconds["update"] += time.perf_counter() - clock
@@ -263,11 +294,13 @@ class TrainingLoop(RunLoop):
         if self._returns:
             values["train/episode_return"] = float(np.mean(self._returns))
             values["train/episode_length"] = float(np.mean(self._lengths))
+        if self._successes:
+            values["train/success"] = float(np.mean(self._successes))
         if failures := getattr(self.envs, "worker_failures", 0):
             values["environments/worker_failures"] = float(failures)
         if self.state.dropped:
             values["environments/dropped_transitions"] = float(self.state.dropped)
-        self._returns, self._lengths = [], []
+        self._returns, self._lengths, self._successes = [], [], []
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return values
 

@@ -235,6 +235,41 @@ def test_returns_and_losses_are_logged_once_at_every_interval(tmp_path: Path) ->
     assert loop.checkpoints.latest().name == "step-000000044"  # type: ignore[union-attr]
 
 
+class Solving(Counting):
+    """A `Counting` whose environment 0 is solved in the second step of its even episodes, and 1 in its last steps."""
+
+    def step_wait(self) -> Any:
+        episode, place = self.state[:, 0].copy(), self.state[:, 1] + 1
+        seen, reward, terminated, truncated, info = super().step_wait()
+        now = np.array([place[0] == 2 and episode[0] % 2 == 0, place[1] == self.length], float)
+        ended = terminated | truncated
+        info["success"] = np.where(ended, 0.0, now)  # of an episode that begins
+        if ended.any():
+            info["final_info"] = {"success": np.where(ended, now, 0.0)}
+        return seen, reward, terminated, truncated, info
+
+
+def test_success_at_any_moment_of_an_episode_is_logged(tmp_path: Path) -> None:
+    """Also that of an episode in which a run was interrupted; episodes end at the agent steps 10, 20, 30 ..."""
+
+    def told(folder: Path = tmp_path) -> dict[int, float]:
+        lines = [row for row in rows(folder) if row["tag"] == "train/success"]
+        return {int(row["agent_steps"]): float(row["value"]) for row in lines}
+
+    loop = make_loop(tmp_path, envs=Solving(), log_every=40, steps=26, checkpoint_every=30)
+    loop.run()
+    assert told() == {26: 3 / 4}
+    other = make_loop(tmp_path, envs=Solving(), log_every=40, steps=80, checkpoint_every=30)
+    other.resume(loop.checkpoints.load(replay=other.replay))
+    other.run()
+    assert told()[40] == 3 / 4, (
+        "the third episode of environment 0 was solved before the interruption"
+    )
+    assert told()[80] == 6 / 8
+    make_loop(tmp_path / "silent", steps=40).run()
+    assert not told(tmp_path / "silent"), "a task that does not tell"
+
+
 def test_a_last_step_that_is_logged_already_is_not_logged_again(tmp_path: Path) -> None:
     make_loop(tmp_path, log_every=20, steps=40, checkpoint_every=30).run()
     assert [row["agent_steps"] for row in rows(tmp_path) if row["tag"] == "time/fps"] == [
