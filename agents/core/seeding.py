@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,9 +23,14 @@ def spawn_seeds(seed: int | None) -> tuple[int, dict[str, int]]:
         seed = int(np.random.SeedSequence().entropy) % 2**31  # type: ignore[arg-type]
     if seed < 0:
         raise UserError(f"seed is {seed}; give 0 or more")
-    children = np.random.SeedSequence(seed).spawn(len(STREAMS))
-    return seed, {
-        name: int(child.generate_state(1)[0]) for name, child in zip(STREAMS, children, strict=True)
+    return seed, child_seeds(seed, STREAMS)
+
+
+def child_seeds(seed: int, names: Sequence[str]) -> dict[str, int]:
+    """Return one independent seed for every name; what a name gets depends on its place alone."""
+    children = np.random.SeedSequence(seed).spawn(len(names))
+    return {
+        name: int(child.generate_state(1)[0]) for name, child in zip(names, children, strict=True)
     }
 
 

@@ -40,7 +40,7 @@ from agents.core.step_rules import Posterior
 from agents.generative_policies.fine_tuning import FineTuner, PolicyLoss
 from agents.generative_policies.fine_tuning_config import FineTuningConfig
 from agents.generative_policies.policy import DenoisingPolicy
-from agents.on_policy.config import Ranges, not_negative, positive
+from agents.on_policy.config import Ranges, not_negative
 
 CLIP_RATE = 3.0
 """How steeply the clip grows along a chain, in e-foldings (DPPO 3)."""
@@ -75,7 +75,7 @@ class DPPOConfig(FineTuningConfig):
 
     RANGES: ClassVar[Ranges] = (
         ("fine_tuned_steps noise_limit bc_coefficient", not_negative, "0 or more"),
-        ("exploration_std log_prob_std", positive, "a positive number"),
+        ("exploration_std log_prob_std", lambda value: 0 < value < math.inf, "a positive number"),
         ("eta", lambda value: 0 < value <= 1, "a number above 0, up to 1"),
         ("lowest_log_prob highest_log_prob", math.isfinite, "a finite number"),
         ("clip_base", lambda value: 0 < value < 1, "a number in (0, 1)"),

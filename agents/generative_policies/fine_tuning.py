@@ -37,6 +37,7 @@ from agents.core.policy_gradient import ratio_metrics
 from agents.core.rollout import TEACHER_ACTION, Experience, part_sizes
 from agents.core.sampling import Sampler
 from agents.core.schedules import linear
+from agents.core.seeding import child_seeds
 from agents.generative_policies.conditions import ConditionEncoder
 from agents.generative_policies.fine_tuning_config import FineTuningConfig
 from agents.generative_policies.guidance import (
@@ -58,6 +59,9 @@ from agents.on_policy.updates import (
     take_in_rewards,
     value_metrics,
 )
+
+STREAMS = ("weights", "exploration", "acting", "order", "further")
+"""What an agent's seed decides, each by a child of its own."""
 
 
 class PolicyLoss(NamedTuple):
@@ -105,6 +109,7 @@ class FineTuner(OnPolicyAgent):
         policy: learns.
         base: what the policy began with, frozen; None unless `keeps_base`.
         has_base: it began with trained weights.
+        further_seed: of the networks that an algorithm has of its own.
     """
 
     keeps_base: ClassVar[bool] = False
@@ -125,12 +130,18 @@ class FineTuner(OnPolicyAgent):
                 "a chunk that goes on with the last one cannot be fine-tuned; give --no-inpaint"
             )
         self.config, self.device, self.num_envs = config, torch.device(device), num_envs
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.acting = torch.Generator(self.device).manual_seed(seed)
-        self.order = np.random.default_rng(seed)
+        seeds = child_seeds(
+            seed, STREAMS
+        )  # from one seed weights, noise and order would be the same numbers
+        self.generator = torch.Generator(self.device).manual_seed(seeds["exploration"])
+        self.acting = torch.Generator(self.device).manual_seed(seeds["acting"])
+        self.order = np.random.default_rng(seeds["order"])
+        self.further_seed = seeds["further"]
         spaces = observation_boxes(observation_space)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
+            torch.manual_seed(
+                seeds["weights"]
+            )  # they are drawn on the CPU: the same on every device
             self.policy = DenoisingPolicy(spaces, action_space, policy)
             self.critic = Critic(ConditionEncoder(spaces, policy), config.hidden)
         self.policy.to(self.device)

@@ -144,7 +144,7 @@ class ReinFlow(FineTuner):
         self.sampler: Sampler = policy.sampler(LearnedNoise(), limits=limits)
         self.flow: Sampler = policy.sampler(Euler(), limits=limits)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.generator.initial_seed())
+            torch.manual_seed(self.further_seed)
             self.noise = NoiseNetwork(
                 policy.shape,
                 policy.condition.out_features,

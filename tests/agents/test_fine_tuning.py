@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import closing
 from typing import Any
 
@@ -74,6 +75,24 @@ def test_a_batch_of_one_is_told_what_a_batch_of_many_is(name: str) -> None:
     loss = torch.stack([part.loss for part in single]).mean()
     torch.testing.assert_close(whole.loss, loss, atol=1e-5, rtol=1e-3)
     assert whole.log_ratio.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_exploration_acting_and_order_have_streams_of_their_own(name: str) -> None:
+    """One seed decides them all, and no two draw the same numbers."""
+    agent, same, other = make(name), make(name), make(name, seed=2)
+    networks = [agent.policy, agent.critic, *([agent.noise] if name == "reinflow" else [])]
+    first = [next(p for p in net.parameters() if p.ndim > 1) for net in networks]
+    draws = [agent.generator.initial_seed(), agent.acting.initial_seed(), agent.further_seed]
+    draws.append(int(agent.order.integers(2**63)))
+    assert len(set(draws)) == len(draws)
+    for seed in (1, *draws[:2]):  # as if a network had been made from that number
+        torch.manual_seed(seed)
+        assert not torch.equal(torch.nn.Linear(*reversed(first[-1].shape)).weight, first[-1])
+    for left, right in zip(agent.networks().values(), same.networks().values(), strict=True):
+        for a, b in zip(left.parameters(), right.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert draws[0] == same.generator.initial_seed() != other.generator.initial_seed()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -248,6 +267,11 @@ def test_without_a_base_states_are_normalized_by_what_was_seen() -> None:
         ("reinflow", {"noise_correlation": 0.5}, "give --clip-samples 0"),
         ("reinflow", {"smallest_noise": 0.3}, "two increasing numbers"),
         ("reinflow", {"entropy_coefficient": -1.0}, "entropy_coefficient is -1.0"),
+        ("reinflow", {"entropy_coefficient": math.inf}, "entropy_coefficient is inf"),
+        ("reinflow", {"w2_coefficient": math.inf}, "w2_coefficient is inf"),
+        ("dppo", {"bc_coefficient": math.inf}, "bc_coefficient is inf"),
+        ("dppo", {"exploration_std": math.inf}, "exploration_std is inf"),
+        ("dppo", {"log_prob_std": math.inf}, "log_prob_std is inf"),
     ],
 )
 def test_values_that_cannot_be_are_refused(name: str, changes: dict[str, Any], said: str) -> None:
