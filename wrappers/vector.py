@@ -131,18 +131,21 @@ class BaseActions(VectorView):
 
 
 class SuccessReward(VectorView):
-    """The reward of a step is 1 if the task is solved in it, and 0 if not; returns in the infos stay the task's."""
+    """The reward of a step is 1 if the task is solved in it, and 0 if not; returns in the infos stay the task's.
+
+    A task that tells of success at the end of its episodes only is paid there.
+    """
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Return what the environments do, with other rewards.
 
         Raises:
-            UserError: the task does not tell.
+            UserError: an episode has ended, and the task does not tell.
         """
         observation, reward, terminated, truncated, infos = self.envs.step_wait()
         final = infos.get("final_info", {})
-        told = "success" in infos or "success" in final
-        if not (told or np.all(infos.get("dropped", False))):  # who lost all workers knows nothing
+        ended = (terminated | truncated) & ~np.asarray(infos.get("dropped", False))
+        if ended.any() and "success" not in final:
             raise UserError(
                 "the task does not tell whether it is solved; learn from its own reward, or take another task"
             )

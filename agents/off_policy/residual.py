@@ -99,6 +99,11 @@ class ResFiTConfig(ActorCriticConfig):
         for name in ("residual_scale", "demonstration_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number in [0, 1]")
+        if self.demonstration_share and round(self.demonstration_share * self.batch_size) == 0:
+            raise UserError(
+                f"demonstration_share is {self.demonstration_share}, less than half a transition of a batch of "
+                f"{self.batch_size}; give at least {1 / self.batch_size:.2g}, or 0 for none"
+            )
         if not 1 <= self.compared <= self.critics:
             raise UserError(
                 f"compared is {self.compared} of {self.critics} critics; give at least 1 and at most all"

@@ -21,7 +21,7 @@ from experiments.sessions.teachers import networks_digest
 
 OF_THE_TASK = (
     "observation", "size", "frame_stack", "action_repeat", "action_chunk", "camera", "quality", "supersample",
-    "episode_length",
+    "episode_length", "end_at_success",
 )  # fmt: skip
 """Settings of its task that a base's successor has too, unless flags say otherwise."""
 TIMES = ("times", "times_first", "times_second")
@@ -80,13 +80,18 @@ class Base:
         return fill(config, chosen, flags)
 
 
-def find_base(run: Path, *, device: str = "cpu") -> Base:
+def find_base(run: Path, *, checkpoint: str = "latest", device: str = "cpu") -> Base:
     """Return the policy of a run folder.
+
+    Args:
+        run: the folder.
+        checkpoint: see `Policy.load`.
+        device: where the policy is needed.
 
     Raises:
         UserError: there is none, none that denoises, or one that is two networks in turn.
     """
-    loaded = Policy.load(run, device=device)
+    loaded = Policy.load(run, checkpoint=checkpoint, device=device)
     agent = loaded.agent
     policy: Any = None
     if isinstance(agent, Imitation):
@@ -158,7 +163,8 @@ def begin_from_base(agent: Agent, config: Mapping[str, Any], spaces: Mapping[str
         UserError: the base is another one than when the run was made, or of another task; the text says what differs.
     """
     about = config["base"]
-    base = find_base(Path(about["run"]), device=config["device"])
+    # The one that the config names: the base may have been trained on since.
+    base = find_base(Path(about["run"]), checkpoint=about["checkpoint"], device=config["device"])
     if base.about["digest"] != about["digest"]:
         raise UserError(
             f"the base {about['run']} has changed since this run was made from it; begin a new run, or restore it"

@@ -20,6 +20,7 @@ from agents.core.replay import Replay
 from agents.off_policy.residual import BASE_ACTION, ResFiT, ResidualLoop, with_base_action
 from agents.policy import BASE, load_base, space_to_json
 from experiments.data.datasets import Episode
+from experiments.running.estimates import random_batch, seconds_per_call
 from experiments.sessions.demonstrations import chosen_episodes
 from experiments.sessions.frozen_bases import check_spaces, keep_base
 from experiments.sessions.teachers import weights_digest
@@ -78,9 +79,19 @@ class ResidualSession(Session):
             lone=lone,
         )
 
-    def _probe(self) -> Any:
-        """See `Session._probe`; the base acts in it, too."""
-        return self._seen(super()._probe())
+    def _measure_steps(self) -> tuple[float, float]:
+        """See `Session._measure_steps`; the base acts, too, in all environments at once."""
+        train, evaluation = super()._measure_steps()
+        counts = self.envs.num_envs, self.settings.eval_episodes
+        own, other = (self._base_seconds(count) for count in counts)
+        return train + own, evaluation + other
+
+    def _base_seconds(self, count: int) -> float:
+        """Return what the base takes for each of `count` steps, with the plans that are due on the way."""
+        stream = BaseStream(self.base, self.base_seed)
+        seen = random_batch(self.envs, count, self.config["device"]).observation
+        calls = max(4, 2 * self.base.executed)
+        return seconds_per_call(lambda: stream.act(seen), calls=calls, warmup=1) / count
 
 
 class DemonstrationReplay(Replay):

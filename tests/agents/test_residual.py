@@ -301,6 +301,7 @@ def test_the_replay_keeps_the_base_action_as_a_part_of_the_observation() -> None
         ("residual_scale", -0.1),
         ("residual_scale", 1.5),
         ("demonstration_share", 2.0),
+        ("demonstration_share", 1e-4),  # of a batch, that is none
         ("noise", float("nan")),
         ("random_residual", -1.0),
         ("critic_only_updates", -1),

@@ -135,8 +135,23 @@ def test_success_is_the_reward_of_the_step_in_which_it_is_told_also_at_an_episod
     assert total > ends > 0, "both kinds of steps were paid"
 
 
-def test_a_task_that_does_not_tell_is_refused() -> None:
-    view = SuccessReward(envs.make_vec("toy/balance", 1, observation="state"))
+def test_a_task_that_does_not_tell_by_an_episodes_end_is_refused() -> None:
+    view = SuccessReward(envs.make_vec("toy/balance", 1, observation="state", episode_length=2))
     view.reset(seed=0)
+    view.step(np.zeros((1, 1), np.float32))
     with pytest.raises(UserError, match="does not tell whether it is solved"):
         view.step(np.zeros((1, 1), np.float32))
+
+
+def test_a_task_that_tells_at_an_episodes_end_alone_is_paid_there() -> None:
+    class TellsLast:
+        num_envs = 2
+        steps = iter([[False, False], [True, False], [False, True]])
+
+        def step_wait(self) -> tuple[Any, ...]:
+            ended = np.array(next(self.steps))
+            infos = {"final_info": {"success": np.where(ended, 1.0, 0.0)}} if ended.any() else {}
+            return np.zeros((2, 4)), np.full(2, 7.0), np.zeros(2, bool), ended, infos
+
+    view = SuccessReward(TellsLast())
+    assert [view.step_wait()[1].tolist() for _ in range(3)] == [[0, 0], [1, 0], [0, 1]]

@@ -19,7 +19,7 @@ from agents.registry import AGENTS
 from experiments import benchmark, collect, imitate
 from experiments.evaluate import evaluate_run
 from experiments.report import build_report
-from experiments.sessions.bases import begin_from_base
+from experiments.sessions.bases import begin_from_base, find_base
 from experiments.train import main
 from tests.experiments.helpers import arguments, as_arguments, assert_same_run, resume, train
 
@@ -250,6 +250,26 @@ def test_other_actions_and_a_base_that_has_changed_are_one_line(runs: Path, tmp_
     config["base"]["digest"] = "0" * 64
     with pytest.raises(UserError, match="has changed since"):
         begin_from_base(agent, config, config["spaces"])
+
+
+def test_a_base_that_was_trained_on_since_is_begun_with_as_it_was(
+    runs: Path, tmp_path: Path
+) -> None:
+    """The checkpoint that the config names is loaded, not the newest one."""
+    base = tmp_path / "base"
+    shutil.copytree(runs / "flow-policy", base)
+    later = base / "checkpoints" / "step-000000008"
+    shutil.move(later, tmp_path / "later")
+    run = train("fpo", "toy/reach", tmp_path / "run", steps=2, base=base)
+    config, agent = read_config(run), Policy.load(run).agent
+    assert config["base"]["checkpoint"] == "step-000000004"
+    shutil.move(tmp_path / "later", later)
+    begin_from_base(agent, config, config["spaces"])
+    named = find_base(base, checkpoint="step-000000004").policy.state_dict()
+    newest = find_base(base).policy.state_dict()
+    ours = agent.policy.state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(ours[name], value) for name, value in named.items())
+    assert any(not torch.equal(ours[name], value) for name, value in newest.items())
 
 
 def test_an_agent_without_a_denoising_policy_has_no_base(

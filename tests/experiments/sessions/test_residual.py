@@ -18,7 +18,7 @@ import torch
 import envs
 from agents import Policy
 from agents.core import fields
-from agents.core.base_policy import BaseStream
+from agents.core.base_policy import BasePolicy, BaseStream
 from agents.core.errors import UserError
 from agents.off_policy.residual import BASE_ACTION, ResFiT
 from agents.policy import load_base, read_config
@@ -27,7 +27,12 @@ from experiments import train as training
 from experiments.compare import difference, final_state, run_difference
 from experiments.data.datasets import Dataset
 from experiments.evaluate import evaluate_run
-from experiments.sessions.residual import base_actions, demonstrated, load_mixture
+from experiments.sessions.residual import (
+    ResidualSession,
+    base_actions,
+    demonstrated,
+    load_mixture,
+)
 from experiments.sessions.teachers import weights_digest
 from experiments.train import main
 from tests.experiments.helpers import arguments, as_arguments, assert_same_run, metrics, resume
@@ -90,6 +95,34 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     assert error.startswith("error: ")
     assert error.count("\n") == 1, error
     return error
+
+
+def test_what_the_base_takes_is_shared_by_the_environments_it_acts_in(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate asks the base for all of them at once, and a step of one takes its share."""
+    run = train(made, tmp_path / "run", steps=2)
+    asked: list[int] = []
+    step = BasePolicy.step
+
+    def counted(base: BasePolicy, observation: Any, *rest: Any) -> Any:
+        asked.append(len(next(iter(observation.values()))))
+        return step(base, observation, *rest)
+
+    def one_second(call: Any, **_: int) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(BasePolicy, "step", counted)
+    monkeypatch.setattr("experiments.sessions.residual.seconds_per_call", one_second)
+    monkeypatch.setattr("experiments.sessions.training.seconds_per_call", lambda *_, **__: 0.0)
+    monkeypatch.setattr("experiments.sessions.training.seconds_to_act", lambda *_, **__: 0.0)
+    with ResidualSession(run, read_config(run), resume=True) as session:
+        asked.clear()
+        training, evaluation = session._measure_steps()
+        episodes = session.settings.eval_episodes
+    assert asked == [2, episodes]
+    assert (training, evaluation) == (1 / 2, 1 / episodes)
 
 
 def test_with_demonstrations_an_interrupted_run_goes_on_exactly_without_its_base(
