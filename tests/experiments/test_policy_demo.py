@@ -14,7 +14,16 @@ from agents.core.checkpoints import CheckpointStore
 from agents.policy import read_config
 from experiments import policy_demo
 from experiments.demo import steps_left
-from experiments.policy_demo import BASE, SHOWN, TABLE, TUNED, comparison, datasets, main
+from experiments.policy_demo import (
+    BASE,
+    SHOWN,
+    TABLE,
+    TUNED,
+    DemoSettings,
+    comparison,
+    datasets,
+    main,
+)
 
 pytest.importorskip("minari")
 
@@ -50,6 +59,8 @@ def test_it_shows_imitates_fine_tunes_compares_and_goes_on(
     assert tuned["base"]["run"] == str(folder / BASE)
     assert tuned["env"]["size"] == read_config(folder / BASE)["env"]["size"] == 48
     assert tuned["env"]["split"] == "train"
+    assert tuned["env"]["end_at_success"], "both meet the task that was shown"
+    assert tuned["reward"] == "success", "what is compared is what was learned from"
     assert CheckpointStore(folder / TUNED).load()["progress"]["gradient_updates"] > 0
     text = (folder / TABLE).read_text()
     assert all(f"| {name} |" in text.replace("\\", "") for name in SHOWN)
@@ -98,6 +109,19 @@ def test_another_demonstration_needs_another_folder(
     assert main(words(tmp_path / "demo")) == 130
     assert main(words(tmp_path / "demo", episodes=3)) == 2
     assert "--episodes is 3, but what is in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("env", "reward"), [("toy/reach", "success"), ("toy/balance", "task")])
+def test_a_task_that_does_not_tell_of_success_is_learned_from_its_own_reward(
+    env: str, reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("experiments.collect.main", lambda words: asked.append(words) or 0)
+    settings = DemoSettings(env=env)
+    assert policy_demo.demonstrate(tmp_path, settings, []) == 0
+    assert ("--end-at-success" in asked[0]) == (reward == "success")
+    tuning = policy_demo._fine_tuning(tmp_path, settings)
+    assert tuning[tuning.index("--reward") + 1] == reward
 
 
 def results(**successes: list[float]) -> dict[str, Any]:
