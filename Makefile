@@ -1,7 +1,8 @@
 # Everything runs in .venv; `make demo` and `make test` set it up on a fresh machine.
 # TORCH_INDEX: where to take torch from, such as https://download.pytorch.org/whl/cpu (its +cpu outranks PyPI's build;
 # PyPI stays beside it, since that index need not hold the pinned versions of torch's own dependencies).
-# EXTRAS: beside what the commands need: dev (tests and linters), data (Minari), export (ONNX), or nothing.
+# EXTRAS: beside what the commands need: dev (tests and linters), data (Minari), export (ONNX), pipelines (diffusers,
+# which dev has too), or nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,7 +1,7 @@
 """A small text-conditional image generator: what it denoises, on which path, with which network.
 
-The network sees pixels in [-1, 1]; `decode` turns them into images in [0, 1]. A larger generator that denoises latents
-has the same methods. Whoever trains it owns optimizer and loop: here are the parts of a step.
+The network sees pixels in [-1, 1]; `decode` turns them into images in [0, 1]. Larger generators, which denoise latents,
+are in `pipeline_generator`. Whoever trains it owns optimizer and loop: here are the parts of a step.
 
 Example:
     >>> import torch
@@ -15,26 +15,24 @@ Example:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.core.chain_steps import Limits, standard_normal
 from agents.core.checkpoints import CheckpointStore, load_tree, save_tree
-from agents.core.denoising import TimeDistribution, corrupt, draw_times, squared_error
+from agents.core.denoising import TimeDistribution
 from agents.core.errors import UserError
-from agents.core.guidance import ClassifierFree
 from agents.core.noise_paths import CosineVP, DiscreteVP, LinearVP, Path, Prediction, RectifiedFlow
-from agents.core.sampling import Denoiser, Sampler
 from agents.core.settings import from_dict, to_dict
-from agents.core.step_rules import StepRule
 from agents.generative_models.networks import ImageDiT, ImageUNet
+from agents.generative_models.pipeline_generator import PipelineGenerator
 from agents.generative_models.text import TextEncoder, Vocabulary
+from agents.generative_models.text_to_image import TextToImage
 
 PART = "generator"
 """Name of the files, and of the part of a checkpoint, that hold a generator."""
@@ -111,18 +109,14 @@ class GeneratorConfig:
         return self.prediction
 
 
-class ImageGenerator(nn.Module):
-    """Text to image, by denoising.
+class ImageGenerator(TextToImage):
+    """Text to image, by denoising pixels; see `TextToImage`.
 
     Args:
         config: its parts.
         vocabulary: words that prompts are made of.
 
     Attributes:
-        shape: of what is denoised, (C, H, W).
-        path: data to noise.
-        kind: what the network predicts.
-        denoiser: (x [B, C, H, W], t [B], condition [B, L, F]) -> prediction [B, C, H, W].
         text: tokens [B, L] -> condition [B, L, F].
     """
 
@@ -130,8 +124,8 @@ class ImageGenerator(nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.shape = (3, config.size, config.size)
-        self.path: Path = PATHS[config.path]
-        self.kind: Prediction = config.kind
+        self.path, self.kind = PATHS[config.path], config.kind
+        self.condition_dropout, self.training_times = config.condition_dropout, config.times
         self.text = TextEncoder(
             len(vocabulary.words),
             vocabulary.length,
@@ -145,7 +139,6 @@ class ImageGenerator(nn.Module):
             "heads": config.heads,
             "patch": config.patch,
         }
-        self.denoiser: nn.Module
         if config.network == "unet":
             self.denoiser = ImageUNet(3, config.text_features, levels=config.levels, **common)
         else:
@@ -176,29 +169,9 @@ class ImageGenerator(nn.Module):
         """Return the condition that stands for no prompt, [B, L, F]: that of the empty one."""
         return self.encode([""]).expand(batch, -1, -1)
 
-    # --------------------------------------------------------------------------------- sampling
-
-    def sampler(
-        self,
-        steps: int,
-        rule: StepRule | Sequence[StepRule],
-        *,
-        shift: float = 1.0,
-        limits: Limits | None = None,
-    ) -> Sampler:
-        """Return what runs chains of `denoiser`; see `Path.times` and `Sampler`."""
-        return Sampler(self.path, self.kind, rule, self.path.times(steps, shift=shift), limits)
-
-    def guided(self, scale: float) -> Denoiser:
-        """Return the denoiser with classifier-free guidance, one pass over a doubled batch; 1 is none.
-
-        The condition for no prompt is computed here: ask again when the text encoder has learned.
-        """
-        if scale == 1:
-            return self.denoiser
-        with torch.no_grad():
-            null = self.unconditional(1)[0]
-        return ClassifierFree(self.denoiser, null, scale)
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """See `TextToImage.check_prompts`."""
+        self.vocabulary.tokens(prompts)
 
     def decode(self, x: Tensor) -> Tensor:
         """Return images float [B, 3, H, W] in [0, 1] of denoised x; differentiable where x is in [-1, 1]."""
@@ -210,60 +183,13 @@ class ImageGenerator(nn.Module):
             images = images.float() / 255
         return 2 * images - 1
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        seed: int,
-        steps: int,
-        rule: StepRule | Sequence[StepRule],
-        scale: float,
-        shift: float = 1.0,
-        batch: int = 64,
-    ) -> Tensor:
-        """Return one image for each prompt, float [N, 3, H, W] in [0, 1], on the CPU.
+    def learned(self) -> list[nn.Parameter]:
+        """Return the denoiser's parameters: the text encoder stays, so a prompt is encoded once in a run."""
+        return list(self.denoiser.parameters())
 
-        Image i depends on `seed`, i and prompt i alone, up to rounding: not on the batch, and not on other prompts.
-        """
-        sampler, denoiser = self.sampler(steps, rule, shift=shift), self.guided(scale)
-        images = []
-        for first in range(0, len(prompts), batch):
-            some = prompts[first : first + batch]
-            noises = [
-                torch.Generator(self.device).manual_seed(_mixed(seed, first + index))
-                for index in range(len(some))
-            ]
-            start = standard_normal((len(some), *self.shape), noises, device=self.device)
-            x = sampler.sample(denoiser, start, self.encode(some), noises)
-            images.append(self.decode(x).cpu())
-        return torch.cat(images) if images else torch.empty(0, *self.shape)
-
-    # --------------------------------------------------------------------------------- learning
-
-    def errors(self, x0: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return the denoising loss of every sample, [B], for given times [B] and noise [B, C, H, W]."""
-        x, target = corrupt(self.path, self.kind, x0, noise, t)
-        return squared_error(self.denoiser(x, t, condition), target)
-
-    def loss(self, x0: Tensor, condition: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the denoising loss of every sample, [B], at random times, with some conditions dropped.
-
-        Args:
-            x0: [B, C, H, W].
-            condition: [B, L, F].
-            generator: on the device of `x0`.
-        """
-        options: dict[str, Any] = {"generator": generator, "device": x0.device}
-        dropped = torch.rand(len(x0), **options) < self.config.condition_dropout
-        condition = torch.where(dropped[:, None, None], self.unconditional(1), condition)
-        # A logit-normal's numbers are its mean and spread, (0, 1) in Esser et al.; those of a beta are (1, 1).
-        first = 1.0 if self.config.times == "beta" else 0.0
-        t = draw_times(
-            self.path, len(x0), distribution=self.config.times, first=first, second=1.0, **options
-        )
-        noise = standard_normal(x0.shape, generator, device=x0.device)
-        return self.errors(x0, condition, t, noise)
+    def as_reference(self) -> ImageGenerator:
+        """Return a copy."""
+        return copy.deepcopy(self)
 
     # ---------------------------------------------------------------------------------- on disk
 
@@ -295,19 +221,14 @@ class ImageGenerator(nn.Module):
         return generator
 
 
-def _mixed(seed: int, index: int) -> int:
-    """Return a seed of 32 bits (torch's generator on the CPU looks at no more) for one image of many."""
-    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
-
-
 def save_generator(folder: str | FilePath, generator: ImageGenerator) -> None:
     """Write a generator into a folder, which is made, as `generator.safetensors` and `generator.json`."""
     FilePath(folder).mkdir(parents=True, exist_ok=True)
     save_tree(folder, PART, generator.to_tree())
 
 
-def load_generator(folder: str | FilePath) -> ImageGenerator:
-    """Return a saved generator, on the CPU.
+def load_generator(folder: str | FilePath) -> TextToImage:
+    """Return a saved generator, on the CPU; the pipeline that a fine-tuned one was made from must still be there.
 
     Args:
         folder: that `save_generator` wrote into, a checkpoint that has such a part, or a run: its newest checkpoint.
@@ -317,12 +238,17 @@ def load_generator(folder: str | FilePath) -> ImageGenerator:
     """
     folder = FilePath(folder)
     if (folder / f"{PART}.json").exists():
-        return ImageGenerator.from_tree(load_tree(folder, PART))
+        return generator_of(load_tree(folder, PART))
     if (folder / "checkpoints").is_dir():
         parts = CheckpointStore(folder).load()
         if PART in parts:
-            return ImageGenerator.from_tree(parts[PART])
+            return generator_of(parts[PART])
     raise UserError(
         f"'{folder}' holds no image generator: give a run of experiments.pretrain_generator or "
         f"experiments.finetune_generator, or a folder with {PART}.json and {PART}.safetensors"
     )
+
+
+def generator_of(tree: dict[str, Any]) -> TextToImage:
+    """Return the generator of either kind whose `to_tree` gave `tree`, on the CPU."""
+    return (PipelineGenerator if "pipeline" in tree else ImageGenerator).from_tree(tree)

@@ -18,14 +18,14 @@
 
 At inference, without training (see `steering`): `fk-steering`, `reno`, `best-of-n`.
 
-**Differences from the papers**, of all: clips are free of an image's size (`ratio_rules`); the whole denoiser learns
-instead of a LoRA; the step to the data draws no noise; KL terms are exact Gaussian ones per number, of the chain's
-own steps. DDPO: 10 steps instead of 50. DPOK: `ppo_clip`, a clip with a minimum, where its code clamps the ratio
-alone and a step that left the band is never led back; its KL is of the steps, not |eps - eps_ref|^2; advantages are
-brought to mean 0 and spread 1 instead of multiplied by 10 to 1000. D3PO: its code clamps the ratio inside the
-logarithm, which stops the gradient on both sides; here log-ratios are whole. Diffusion-DPO: pairs are made on the fly
-and judged by the reward. MixGRPO: the window wraps. ReFL: without the pretraining loss, and with no ceiling unless
-one is given.
+**Differences from the papers**, of all: clips are free of an image's size (`ratio_rules`); of the small generators the
+whole denoiser learns instead of a LoRA (pipelines have one); the step to the data draws no noise; KL terms are exact
+Gaussian ones per number, of the chain's own steps. DDPO: 10 steps instead of 50. DPOK: `ppo_clip`, a clip with a
+minimum, where its code clamps the ratio alone and a step that left the band is never led back; its KL is of the steps,
+not |eps - eps_ref|^2; advantages are brought to mean 0 and spread 1 instead of multiplied by 10 to 1000. D3PO: its code
+clamps the ratio inside the logarithm, which stops the gradient on both sides; here log-ratios are whole. Diffusion-DPO:
+pairs are made on the fly and judged by the reward. MixGRPO: the window wraps. ReFL: without the pretraining loss, and
+with no ceiling unless one is given.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from agents.core.errors import UserError
 from agents.core.step_rules import Posterior
 from agents.generative_models.chains import STILL
 from agents.generative_models.credit import RewardFunction, checked_reward
-from agents.generative_models.generator import ImageGenerator
+from agents.generative_models.text_to_image import TextToImage
 
 SIDE = 8
 """Pixels of the side of images whose distances are measured."""
@@ -123,8 +123,8 @@ def coverage(covered: Tensor, covering: Tensor) -> Tensor:
 
 @torch.no_grad()
 def chain_kl(
-    model: ImageGenerator,
-    reference: ImageGenerator,
+    model: TextToImage,
+    reference: TextToImage,
     condition: Tensor,
     *,
     steps: int,
@@ -201,7 +201,7 @@ class Monitor:
         """The prompt of every image."""
         return [prompt for prompt in self.prompts for _ in range(self.settings.eval_images)]
 
-    def draw(self, model: ImageGenerator) -> Tensor:
+    def draw(self, model: TextToImage) -> Tensor:
         """Return a model's images of the evaluation, [P * eval_images, 3, H, W]: always from the same noise."""
         return model.generate(
             self.asked, seed=self.seed, steps=self.settings.eval_steps, rule=STILL,
@@ -209,7 +209,7 @@ class Monitor:
         )  # fmt: skip
 
     @torch.no_grad()
-    def measure(self, step: int, model: ImageGenerator, reference: ImageGenerator) -> Measurement:
+    def measure(self, step: int, model: TextToImage, reference: TextToImage) -> Measurement:
         """Return what a model is like after `step` iterations, and remember it."""
         if self._base is None:
             self._base = features(self.draw(reference))

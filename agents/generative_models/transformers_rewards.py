@@ -80,7 +80,8 @@ class ClipModel:
                 f"cannot load the reward '{reward}' from '{folder}': {reason}"
             ) from error
         self.model.eval().requires_grad_(False)
-        self.side: int = self.model.config.vision_config.image_size
+        about: Any = self.model.config
+        self.side: int = about.vision_config.image_size
         self.mean, self.std = _statistics(path)
         self._texts: dict[str, Tensor] = {}
 

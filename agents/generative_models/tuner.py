@@ -1,13 +1,12 @@
 """What every method of fine-tuning shares: generator, reference, prompts, rewards, gradient steps.
 
 An iteration draws images of some prompts, scores them, and takes a few gradient steps; `update` does all three. Only
-the denoiser learns: the text encoder stays, so a prompt is encoded once in a run. Guidance is one pass over a doubled
-batch.
+the denoiser learns, or a LoRA of it: the text encoder stays, so a prompt is encoded once in a run. Guidance is one pass
+over a doubled batch.
 """
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -21,7 +20,7 @@ from agents.core.errors import UserError
 from agents.core.sampling import Denoiser, Sampler
 from agents.generative_models.chains import ChainBatch, draw_chains, step_rules, window_start
 from agents.generative_models.credit import RewardFunction, checked_reward
-from agents.generative_models.generator import ImageGenerator
+from agents.generative_models.text_to_image import TextToImage
 from agents.generative_models.tuning_config import TuningConfig
 
 Metrics = dict[str, Tensor]
@@ -31,7 +30,7 @@ class GeneratorTuner(Learner):
     """A generator that learns from rewards of its images.
 
     Args:
-        model: it is copied for the reference, and then learns itself.
+        model: it gives its reference, and then learns itself.
         reward: of images in [0, 1] and their prompts.
         config: how.
         device: where networks live.
@@ -40,6 +39,7 @@ class GeneratorTuner(Learner):
     Attributes:
         model: learns.
         reference: the model as it was, frozen.
+        parameters: of the model, that learn.
         dimension: d, numbers of a sample.
         iterations: so far.
         evaluations: samples that went through a denoiser so far, the reference's and both halves of guidance included;
@@ -51,7 +51,7 @@ class GeneratorTuner(Learner):
 
     def __init__(
         self,
-        model: ImageGenerator,
+        model: TextToImage,
         reward: RewardFunction,
         config: TuningConfig,
         *,
@@ -61,8 +61,10 @@ class GeneratorTuner(Learner):
         self.config, self.reward, self.device = config, reward, torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.model = model.to(self.device).requires_grad_(False).eval()
-        self.reference = copy.deepcopy(self.model)
-        self.model.denoiser.requires_grad_(True)
+        self.reference = self.model.as_reference()
+        self.parameters = self.model.learned()
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
         self.evaluations = self.scored = self.iterations = self.gradient_updates = 0
         for network in (self.model.denoiser, self.reference.denoiser):
             network.register_forward_pre_hook(self._count)
@@ -70,7 +72,7 @@ class GeneratorTuner(Learner):
         for size in model.shape:
             self.dimension *= size
         self.optimizer = torch.optim.AdamW(
-            self.model.denoiser.parameters(),
+            self.parameters,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
@@ -109,7 +111,7 @@ class GeneratorTuner(Learner):
             )
         return self._samplers[start]
 
-    def guided(self, model: ImageGenerator) -> Denoiser:
+    def guided(self, model: TextToImage) -> Denoiser:
         """Return a model's denoiser with the guidance of training."""
         return model.guided(self.config.guidance)
 
@@ -140,11 +142,11 @@ class GeneratorTuner(Learner):
         """Take one gradient step.
 
         Args:
-            backward: adds gradients to the denoiser's, and returns metrics.
+            backward: adds gradients to those of `parameters`, and returns metrics.
         """
         self.optimizer.zero_grad(set_to_none=True)
         metrics = backward()
-        moved = [p for p in self.model.denoiser.parameters() if p.grad is not None]
+        moved = [p for p in self.parameters if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(moved, self.config.max_gradient_norm)
         self.optimizer.step()
         self.gradient_updates += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from agents.generative_models.credit import RewardFunction
-from agents.generative_models.generator import ImageGenerator
 from agents.generative_models.policy_tuning import PolicyTuner
 from agents.generative_models.preference_tuning import (
     ImitationTuner,
@@ -13,6 +12,7 @@ from agents.generative_models.preference_tuning import (
     StepPairTuner,
 )
 from agents.generative_models.reward_gradients import OneStepTuner, TruncatedChainTuner
+from agents.generative_models.text_to_image import TextToImage
 from agents.generative_models.tuner import GeneratorTuner
 from agents.generative_models.tuning_config import Objective, TuningConfig
 
@@ -27,7 +27,7 @@ OBJECTIVES: dict[Objective, type[GeneratorTuner]] = {
 
 
 def make_tuner(
-    model: ImageGenerator,
+    model: TextToImage,
     reward: RewardFunction,
     config: TuningConfig,
     *,

@@ -214,5 +214,6 @@ def named_memory_errors() -> Iterator[None]:
             raise
         raise UserError(
             "out of memory: lower --batch-size (images in a pass) first, then --group, --prompts or --denoising-steps; "
-            "--checkpoint-activations helps reward gradients"
+            "--checkpoint-activations helps reward gradients; --gradient-checkpointing, --precision bf16 and a smaller "
+            "--image-size pipelines"
         ) from error
