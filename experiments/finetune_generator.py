@@ -3,6 +3,8 @@
     python -m experiments.finetune_generator --base runs/generators/unet-flow-seed0 --method flow-grpo --reward shapes
     python -m experiments.finetune_generator --base RUN --method alignprop --reward brightness --gold shapes_strict
     python -m experiments.finetune_generator --base RUN --method fk-steering --reward shapes
+    python -m experiments.finetune_generator --base stable-diffusion-v1-5/stable-diffusion-v1-5 --method ddpo \
+        --reward "aesthetic(DIR)" --gold "pickscore(DIR)" --prompt-file train.txt --held-out test.txt
     python -m experiments.finetune_generator --resume runs/generators/flow-grpo-shapes-seed0 --steps 200
 
 Methods are settings of one trainer; --help shows them for the method that --method names, and each can be given.
@@ -10,6 +12,9 @@ Every evaluation draws the same held-out prompts from the same noise and measure
 one that is not, diversity and the KL to the base; the run ends when it only pays (see --patience). At the end a
 report compares base and the checkpoint of the most gold on held-out prompts: RUN/report/report.md. fk-steering, reno
 and best-of-n train nothing: their report compares images of the base with steered ones.
+
+The base is a run of pretrain_generator, or a pipeline of diffusers (Stable Diffusion 1 to 3 and XL, FLUX.1): a folder,
+or a name on the hub. Of a pipeline a LoRA learns; the best one is kept in RUN/lora for load_lora_weights of diffusers.
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ from agents.core.seeding import spawn_seeds
 from agents.core.settings import to_dict
 from agents.generative_models.methods import METHODS, find_method
 from agents.generative_models.monitor import MonitorSettings
+from agents.generative_models.pipeline_generator import PipelineSettings, Precision
+from agents.generative_models.pipeline_loading import is_pipeline, pipeline_kind
 from agents.generative_models.tuning_config import TuningConfig
 from agents.generative_models.tuning_loop import TuningSettings
 from experiments.generators.finetuning import FineTuningSession, choose_prompts, split_held_out
@@ -67,6 +74,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Values that replace the defaults of the fields they name; flags replace both."""
+OF_LORA = {"learning_rate": 3e-4, "batch_size": 8}
+"""Those of pipelines, but in debug: the step size of DDPO and Flow-GRPO, and what fits beside a large network."""
 
 
 def parser(method: str) -> Parser:
@@ -80,8 +89,8 @@ def parser(method: str) -> Parser:
     p.add_argument(
         "--base",
         type=Path,
-        metavar="RUN|FOLDER",
-        help="the generator, as pretrain_generator wrote it",
+        metavar="RUN|FOLDER|NAME",
+        help="the generator, as pretrain_generator wrote it, or a diffusers pipeline's folder or name on the hub",
     )
     p.add_argument("--reward", default=DEFAULT_REWARD, metavar="NAME",
                    help="what is optimized: names and sums such as compressibility:0.5+shapes, or module:function; see "
@@ -118,6 +127,7 @@ def parser(method: str) -> Parser:
         add_dataclass(p, f"method ({method})", find_method(method).config())
         add_dataclass(p, "loop", TuningSettings(), skip=HIDDEN)
     add_dataclass(p, "evaluations", MonitorSettings())
+    add_dataclass(p, "a diffusers pipeline as the base", PipelineSettings())
     return p
 
 
@@ -175,8 +185,11 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
     own = METHODS[method].settings if method in METHODS else {}
     if own.get("group") == 1:
         values.pop("group", None)
+    pipeline = pipeline_settings(given, device)
+    if pipeline is not None and preset != "debug":
+        values |= OF_LORA
     tuning = fill(METHODS[method].config() if method in METHODS else TuningConfig(), values, given)
-    about = drawings_of(given["base"])
+    about = None if pipeline else drawings_of(given["base"])
     counts = {"prompt_count": PROMPT_COUNT, "report_prompts": REPORT_PROMPTS} | values | given
     for name in ("prompt_count", "report_prompts"):
         if counts[name] < 1:
@@ -192,13 +205,17 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
     apart = without_trained(apart, prompts, given["held_out"])
     reported = counts["report_prompts"] if given["held_out"] is None else None
     monitored, held_out = split_held_out(apart, monitor.eval_prompts, reported)
+    if pipeline is not None and given["gold"] is None:
+        raise UserError(
+            "give --gold, a reward that is measured and not optimized: nobody knows what a pipeline is to draw"
+        )
     gold = given["gold"] or default_gold(given["reward"])
     if gold == given["reward"]:
         raise UserError(f"--gold is {gold}, which is optimized; give a reward that is not")
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "command": COMMAND,
-        "base": str(given["base"].resolve()),
+        "base": str(given["base"].resolve() if given["base"].exists() else given["base"]),
         "method": method,
         "reward": given["reward"],
         "gold": gold,
@@ -215,6 +232,8 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
         "threads": given["threads"],
         "preset": given["preset"],
     }
+    if pipeline is not None:
+        config["pipeline"] = to_dict(pipeline)
     if method in STEERING:
         # A preset's step size is that of training a network, not of moving a noise.
         own = {name: value for name, value in values.items() if name not in names(TuningConfig)}
@@ -266,11 +285,34 @@ def without_trained(held_out: list[str], trained: list[str], file: Path | None) 
     return apart
 
 
+def pipeline_settings(given: dict[str, Any], device: str) -> PipelineSettings | None:
+    """Return how to take the base where it is a diffusers pipeline, else None.
+
+    Raises:
+        UserError: it is none, and settings of one are given; or it cannot be read.
+    """
+    if not is_pipeline(str(given["base"])):
+        for name in names(PipelineSettings):
+            if name in given:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{flag} is of diffusers pipelines, and '{given['base']}' is none; leave it out"
+                )
+        return None
+    pipeline_kind(str(given["base"]))
+    settings = fill(PipelineSettings(), given)
+    if settings.precision == "auto":
+        chosen: Precision = "bf16" if device.startswith("cuda") else "fp32"
+        settings = dataclasses.replace(settings, precision=chosen)
+    return settings
+
+
 def drawings_of(base: Path) -> dict[str, Any] | None:
     """Return the settings of the drawings that a base was pretrained on; None where its folder says nothing."""
     if not base.exists():
         raise UserError(
-            f"there is no generator in '{base}'; give --base a run of python -m experiments.pretrain_generator"
+            f"there is no generator in '{base}'; give --base a run of python -m experiments.pretrain_generator, a "
+            "diffusers pipeline's folder, or its name on the hub"
         )
     file = base / "config.json"
     if not file.is_file():
@@ -279,7 +321,13 @@ def drawings_of(base: Path) -> dict[str, Any] | None:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"'{file}' is damaged ({error}); restore it or train anew") from error
-    return config.get("drawings") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return None
+    if "pipeline" in config:
+        raise UserError(
+            f"'{base}' is a run that fine-tuned a pipeline: go on with it by --resume, or give its --base"
+        )
+    return config.get("drawings")
 
 
 def default_gold(reward: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,25 @@ from agents.generative_models.chains import STILL
 from agents.generative_models.contact_sheet import contact_sheet, save_picture
 from agents.generative_models.credit import RewardFunction
 from agents.generative_models.drawings import DrawingSettings
-from agents.generative_models.generator import ImageGenerator, load_generator
+from agents.generative_models.generator import load_generator
 from agents.generative_models.monitor import Monitor, MonitorSettings
+from agents.generative_models.pipeline_generator import (
+    PipelineGenerator,
+    PipelineSettings,
+    load_pipeline,
+)
 from agents.generative_models.rewards import make_reward
 from agents.generative_models.scenes import parse_prompt
+from agents.generative_models.text_to_image import TextToImage
 from agents.generative_models.tuner import GeneratorTuner
 from agents.generative_models.tuners import make_tuner
 from agents.generative_models.tuning_config import TuningConfig
-from agents.generative_models.tuning_loop import PromptStream, TuningLoop, TuningSettings
+from agents.generative_models.tuning_loop import (
+    PromptStream,
+    TuningLoop,
+    TuningSettings,
+    named_memory_errors,
+)
 from experiments.generators.plots import monitor_plot
 from experiments.generators.report import write_report
 
@@ -38,6 +49,8 @@ STRICT = "drawings_strict"
 """Reward that says whether a picture is all that its prompt asks for."""
 SHEETS = "samples"
 """Folder of the sheets, one for each evaluation."""
+LORA = "lora"
+"""Folder of what a pipeline has learned, as diffusers reads it."""
 
 
 class FineTuningSession:
@@ -59,9 +72,11 @@ class FineTuningSession:
             run, keep=self.settings.keep_checkpoints, identity={"generator": config["command"]}
         )
         goes_on = resume and self.checkpoints.latest() is not None
-        # A run has all of its base: where that is now, or what has become of it, does not matter.
-        base = load_generator(run if goes_on else config["base"])
-        check_prompts(base, [*config["prompts"], *config["monitored"], *config["held_out"]])
+        # A run has all of its base, but of a pipeline: where that is now, or what has become of it, does not matter.
+        base = load_generator(run) if goes_on else load_base(config)
+        with named_memory_errors():
+            base = base.to(config["device"])
+            base.check_prompts([*config["prompts"], *config["monitored"], *config["held_out"]])
         self.monitor = Monitor(
             config["monitored"],
             self.rewards,
@@ -108,7 +123,7 @@ class FineTuningSession:
 
     def estimate(self) -> str:
         """Return what is learned, and what an iteration is; time is known after the first of them."""
-        parameters = sum(p.numel() for p in self.tuner.model.denoiser.parameters())
+        parameters = sum(p.numel() for p in self.tuner.parameters)
         about = self.tuner.config
         left = self.settings.steps - self.loop.state.progress.agent_steps
         return (
@@ -138,13 +153,17 @@ class FineTuningSession:
 
     def report(self) -> Path:
         """Write the run's report: the base against the checkpoint of the most gold, on held-out prompts."""
-        model, spent = self.best(), self.tuner.evaluations
+        spent, stopped = self.tuner.evaluations, self.loop.stopped
         count = self.monitor.settings.eval_images
-        before, after = (
-            draw(some, self.config["held_out"], count, self.config)
-            for some in (self.tuner.reference, model)
-        )
-        stopped = self.loop.stopped
+        before = draw(self.tuner.reference, self.config["held_out"], count, self.config)
+        kept = []
+        with self.at_best() as (model, best_step):
+            after = draw(model, self.config["held_out"], count, self.config)
+            if isinstance(model, PipelineGenerator):
+                model.save_lora(self.run / LORA)
+                kept.append(
+                    f"Its LoRA: `pipe.load_lora_weights('{self.run / LORA}')` in diffusers."
+                )
         return write_report(
             self.run,
             title=f"{self.config['method']} on {self.config['reward']}",
@@ -157,21 +176,25 @@ class FineTuningSession:
             tolerance=self.monitor.settings.tolerance,
             names=(self.config["reward"], self.config["gold"]),
             notes=[
-                f"After is the checkpoint of the most gold, iteration {self._best_step} of "
+                f"After is the checkpoint of the most gold, iteration {best_step} of "
                 f"{self.loop.state.progress.agent_steps}.",
                 f"Budget: {spent:,} denoiser evaluations, {self.tuner.scored:,} rewards, "
                 f"{self.loop.state.progress.wall_seconds / 60:.1f} min.",
                 *([f"The monitor stopped the run: {stopped}."] if stopped else []),
+                *kept,
             ],
         )
 
-    def best(self) -> ImageGenerator:
-        """Return the model at the evaluation of the most gold."""
-        parts = self.checkpoints.load("best")
-        model = load_generator(self.run).to(self.tuner.device)
+    @contextmanager
+    def at_best(self) -> Iterator[tuple[TextToImage, int]]:
+        """Lend the model with its weights at the evaluation of the most gold, and that evaluation's iteration."""
+        model, parts = self.tuner.model, self.checkpoints.load("best")
+        now = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(parts["agent"]["networks"]["model"])
-        self._best_step = parts["progress"]["agent_steps"]
-        return model.eval()
+        try:
+            yield model, parts["progress"]["agent_steps"]
+        finally:
+            model.load_state_dict(now)
 
     def close(self) -> None:
         """Close the logger."""
@@ -202,9 +225,15 @@ def named_rewards(
     return named | {STRICT: rewards["strict"]} if "strict" in rewards else named
 
 
-def draw(
-    model: ImageGenerator, prompts: list[str], count: int, config: Mapping[str, Any]
-) -> Tensor:
+def load_base(config: Mapping[str, Any]) -> TextToImage:
+    """Return the generator that a run begins with, on the CPU."""
+    if "pipeline" not in config:
+        return load_generator(config["base"])
+    settings = from_dict(PipelineSettings, config["pipeline"])
+    return load_pipeline(config["base"], settings, seed=config["seeds"]["agent"])
+
+
+def draw(model: TextToImage, prompts: list[str], count: int, config: Mapping[str, Any]) -> Tensor:
     """Return `count` images of each of the report's prompts, from noise that neither training nor monitor has seen."""
     seed = int(np.random.SeedSequence((config["seeds"]["evaluation"], 1)).generate_state(1)[0])
     return model.generate(
@@ -215,15 +244,6 @@ def draw(
         scale=config["tuning"]["guidance"],
         batch=config["tuning"]["batch_size"],
     )
-
-
-def check_prompts(base: ImageGenerator, prompts: list[str]) -> None:
-    """Refuse prompts that the generator cannot read, before anything is drawn.
-
-    Raises:
-        UserError: names the word, or says that a prompt is too long.
-    """
-    base.vocabulary.tokens(prompts)
 
 
 def split_held_out(

@@ -16,7 +16,6 @@ from agents.core.settings import from_dict
 from agents.core.step_rules import Posterior
 from agents.generative_models.chains import STILL
 from agents.generative_models.credit import RewardFunction, checked_reward
-from agents.generative_models.generator import ImageGenerator, load_generator
 from agents.generative_models.steering import (
     BestOfNSettings,
     NoiseSearchSettings,
@@ -25,7 +24,9 @@ from agents.generative_models.steering import (
     fk_steer,
     optimize_noise,
 )
-from experiments.generators.finetuning import check_prompts, draw, named_rewards, rewards_of
+from agents.generative_models.text_to_image import TextToImage
+from agents.generative_models.tuning_loop import named_memory_errors
+from experiments.generators.finetuning import draw, load_base, named_rewards, rewards_of
 from experiments.generators.report import write_report
 from experiments.running.runs import abandon_run, begin_run, lock_run, make_run_dir
 
@@ -50,8 +51,10 @@ def steer(run: Path, config: dict[str, Any]) -> Path:
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     rewards = rewards_of(config)
-    base = load_generator(config["base"]).to(config["device"]).requires_grad_(False).eval()
-    check_prompts(base, config["held_out"])
+    base = load_base(config).requires_grad_(False).eval()
+    with named_memory_errors():
+        base = base.to(config["device"])
+        base.check_prompts(config["held_out"])
     if config["method"] == "reno" and not getattr(rewards["proxy"], "differentiable", True):
         raise UserError(
             f"reward '{config['reward']}' has no gradient, which reno climbs; use fk-steering or best-of-n"
@@ -78,9 +81,7 @@ def steer(run: Path, config: dict[str, Any]) -> Path:
             raise
 
 
-def steered_images(
-    model: ImageGenerator, reward: RewardFunction, config: Mapping[str, Any]
-) -> Tensor:
+def steered_images(model: TextToImage, reward: RewardFunction, config: Mapping[str, Any]) -> Tensor:
     """Return steered images of each held-out prompt, [P * eval_images, 3, H, W] on the CPU, a few prompts at a time."""
     settings = from_dict(type(STEERING[config["method"]][1]), config["steering"])
     copies = getattr(settings, "particles", getattr(settings, "candidates", 1))
