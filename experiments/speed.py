@@ -23,7 +23,9 @@ from experiments.running.arguments import Parser, add_out_flags, check_out, run_
 from experiments.running.runs import command_line, describe_system
 from experiments.running.settings import check_device
 
-PARTS = ("rendering", "environments", "replay", "updates", "training", "sb3", "on-policy", "acting")
+PARTS = (
+    "rendering", "environments", "replay", "updates", "training", "sb3", "on-policy", "acting", "generators",
+)  # fmt: skip
 
 
 def parser() -> Parser:
@@ -31,7 +33,9 @@ def parser() -> Parser:
     p = Parser(prog="python -m experiments.speed", description=__doc__)
     p.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="what to measure [all of it]")
     p.add_argument("--seconds", type=float, default=4.0, help="time for each comparison, about [4]")
-    p.add_argument("--device", default="cpu", help="of updates and acting: cpu, cuda or auto [cpu]")
+    p.add_argument(
+        "--device", default="cpu", help="of updates, acting and generators: cpu, cuda or auto [cpu]"
+    )
     p.add_argument("--peer-python", type=Path, metavar="PATH",
                    help="a Python that has LeRobot, to act beside ours [LeRobot is left out]")  # fmt: skip
     add_out_flags(p, "the tables")
@@ -76,6 +80,7 @@ def _measures(
         agents,
         compiled,
         environments,
+        generators,
         on_policy,
         training,
     )
@@ -95,6 +100,7 @@ def _measures(
         "sb3": [("Stable-Baselines3", agents.peer)],
         "on-policy": [("on-policy training", on_policy.on_policy)],
         "acting": [("acting", partial(acting.acting, device=device, peer_python=peer_python))],
+        "generators": [("generators", partial(generators.generators, device=device))],
     }
     return [measure for part in PARTS if part in parts for measure in measures[part]]
 
