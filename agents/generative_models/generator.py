@@ -29,7 +29,7 @@ from agents.core.denoising import TimeDistribution
 from agents.core.errors import UserError
 from agents.core.noise_paths import CosineVP, DiscreteVP, LinearVP, Path, Prediction, RectifiedFlow
 from agents.core.settings import from_dict, to_dict
-from agents.generative_models.networks import ImageDiT, ImageUNet
+from agents.generative_models.networks import BesideGuess, ImageDiT, ImageUNet
 from agents.generative_models.pipeline_generator import PipelineGenerator
 from agents.generative_models.text import TextEncoder, Vocabulary
 from agents.generative_models.text_to_image import TextToImage
@@ -69,6 +69,11 @@ class GeneratorConfig:
     """Side of the squares of pixels that the network sees as one (a DiT's time grows with 1 / patch^2)."""
     levels: int = 2
     """Resolutions of the U-Net."""
+    data_mean: float = 0.0
+    """Mean of the images' numbers in [-1, 1], for `data_spread`."""
+    data_spread: float = 0.0
+    """Their spread, for a linear guess that the network's output is added to (see `networks.BesideGuess`); 0 for none.
+    Drawings have -.8 and .4."""
     text_features: int = 128
     """Width of the text encoder."""
     text_blocks: int = 2
@@ -87,6 +92,8 @@ class GeneratorConfig:
         for name in ("depth", "text_blocks"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.data_spread < 0:
+            raise UserError(f"data_spread is {self.data_spread}; give 0 or more")
         if not 0 <= self.condition_dropout < 1:
             raise UserError(
                 f"condition_dropout is {self.condition_dropout}; give a share in [0, 1)"
@@ -143,6 +150,14 @@ class ImageGenerator(TextToImage):
             self.denoiser = ImageUNet(3, config.text_features, levels=config.levels, **common)
         else:
             self.denoiser = ImageDiT(3, config.text_features, **common)
+        if config.data_spread:
+            self.denoiser = BesideGuess(
+                self.denoiser,
+                self.path,
+                self.kind,
+                mean=config.data_mean,
+                spread=config.data_spread,
+            )
 
     @property
     def device(self) -> torch.device:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from agents.core.denoisers import TimeEmbedding, TransformerBlock, sinusoids
 from agents.core.errors import UserError
+from agents.core.noise_paths import Path, Prediction
 
 TIME_FEATURES = 256
 """Sinusoids of a time (DiT)."""
@@ -210,6 +211,36 @@ class ImageDiT(nn.Module):
         shift, scale = self.modulation(F.silu(embedding))[:, None, None].chunk(2, dim=-1)
         tokens = self.leave(self.norm(features) * (1 + scale) + shift)
         return F.pixel_shuffle(tokens.permute(0, 3, 1, 2), self.patch)
+
+
+class BesideGuess(nn.Module):
+    """A network that says what a linear guess leaves open: the skip connection of EDM (Karras et al. 2022).
+
+    The guess is the best prediction for pixels that are all N(mean, spread^2) and independent, arXiv:2206.00364
+    appendix B.6 for any path and prediction. Without it a network spends its first hundreds of gradient steps on
+    finding the noise in its input. **Difference from EDM**: what the network adds is not scaled.
+
+    Args:
+        network: (x [B, ...], t [B], condition) -> what is missing, [B, ...].
+        path: data to noise.
+        kind: what is predicted.
+        mean: of the data's numbers.
+        spread: of them, above 0.
+    """
+
+    def __init__(
+        self, network: nn.Module, path: Path, kind: Prediction, *, mean: float, spread: float
+    ) -> None:
+        super().__init__()
+        self.network, self.path, self.kind = network, path, kind
+        self.mean, self.variance = mean, spread * spread
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Return the prediction [B, ...]."""
+        c = self.path.coefficients(t).beside(x)
+        scaled = (x - c.alpha * self.mean) / (c.alpha**2 * self.variance + c.sigma**2)
+        x0, noise = self.mean + c.alpha * self.variance * scaled, c.sigma * scaled
+        return self.path.target(self.kind, x0, noise, t) + self.network(x, t, condition)
 
 
 def _check_size(x: Tensor, multiple: int) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents.core.agent import Learner
 from agents.core.checkpoints import CheckpointStore
@@ -38,6 +40,9 @@ class PretrainingConfig:
     """AdamW's (torch's default)."""
     warmup: int = 100
     """Gradient steps over which the learning rate rises from 0."""
+    decay: float = 0.0
+    """Share of the run, at its end, over which the learning rate falls to 0 in a straight line (Hägele et al. 2024,
+    arXiv:2405.18392: .2 is enough; short runs gain the most); 0 keeps it."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0 for none."""
     average_decay: float = 0.998
@@ -54,6 +59,8 @@ class PretrainingConfig:
         for name in ("weight_decay", "warmup", "gradient_clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"decay is {self.decay}; give a share of the run in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -130,12 +137,18 @@ class Pretrainer(Learner):
         image_generator: it learns.
         config: how.
         seed: of the noise.
+        steps: of the whole run, at whose end the learning rate falls.
     """
 
     def __init__(
-        self, image_generator: ImageGenerator, config: PretrainingConfig, *, seed: int
+        self,
+        image_generator: ImageGenerator,
+        config: PretrainingConfig,
+        *,
+        seed: int,
+        steps: int | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.steps = config, steps
         self.image_generator = image_generator
         self.average = ParameterAverage(image_generator, decay=config.average_decay)
         device = image_generator.device
@@ -150,7 +163,8 @@ class Pretrainer(Learner):
     def update(self, batch: PictureBatch) -> dict[str, Tensor]:
         """Take a gradient step."""
         learner, config = self.image_generator, self.config
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.bf16):
+        device = batch.images.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=config.bf16), self._attention(device):
             condition = learner.text(batch.tokens)
             loss = learner.loss(learner.from_images(batch.images), condition, self.generator).mean()
         self.optimizer.zero_grad()
@@ -160,11 +174,23 @@ class Pretrainer(Learner):
         self.average.update(learner)
         return {"loss/denoising": loss.detach(), "gradient/norm": norm.detach()}
 
+    def _attention(self, device: str) -> AbstractContextManager[Any]:
+        """Return what chooses how attention is computed.
+
+        On CPUs in bfloat16, the backward pass of torch's fused attention takes 23 ms for 32 times 21 tokens, a fifth of
+        the whole step; as plain products it does not show (torch 2.13, one core).
+        """
+        plain = self.config.bf16 and device == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
     def set_progress(self, agent_steps: int) -> None:
         """Set the learning rate of the step that follows."""
-        share = min(1.0, (agent_steps + 1) / max(self.config.warmup, 1))
+        config = self.config
+        share = min(1.0, (agent_steps + 1) / max(config.warmup, 1))
+        if self.steps is not None and config.decay:
+            share *= min(1.0, (self.steps - agent_steps) / (config.decay * self.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * share
+            group["lr"] = config.learning_rate * share
 
     def networks(self) -> dict[str, nn.Module]:
         """See `Learner`."""

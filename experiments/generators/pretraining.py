@@ -84,7 +84,10 @@ class PretrainingSession:
         generator = ImageGenerator(from_dict(GeneratorConfig, self.config["generator"]), vocabulary)
         learning = from_dict(PretrainingConfig, self.config["learning"])
         return Pretrainer(
-            generator.to(self.config["device"]), learning, seed=self.config["seeds"]["exploration"]
+            generator.to(self.config["device"]),
+            learning,
+            seed=self.config["seeds"]["exploration"],
+            steps=self.settings.steps,
         )
 
     def settle(self) -> None:

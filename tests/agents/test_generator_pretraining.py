@@ -112,6 +112,16 @@ def test_warmup_raises_the_learning_rate():
     assert rates == pytest.approx([0.00075, 0.0015, 0.00225, 0.003, 0.003, 0.003])
 
 
+def test_the_learning_rate_falls_to_nothing_at_the_end_of_the_run():
+    config = PretrainingConfig(learning_rate=1.0, warmup=2, decay=0.5)
+    pretrainer = Pretrainer(learner().image_generator, config, seed=0, steps=8)
+    rates = []
+    for step in range(9):
+        pretrainer.set_progress(step)
+        rates.append(pretrainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
 def test_the_average_is_that_of_its_recursion():
     pretrainer = learner(learning_rate=1e-2)
     expected = pretrainer.image_generator.text.position.detach().clone()

@@ -185,9 +185,34 @@ def test_loss_repeats_with_the_generator():
     assert not torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.parametrize("prediction", ["velocity", "v", "noise", "x0"])
+@pytest.mark.parametrize("path", ["flow", "cosine"])
+def test_the_guess_beside_a_network_is_the_regression_of_its_target(path, prediction):
+    """Of a new network, whose own output is 0: a fit of a line to a hundred thousand draws."""
+    about = {"size": 16, "path": path, "prediction": prediction, **UNET}
+    generator = ImageGenerator(GeneratorConfig(data_mean=-0.7, data_spread=0.4, **about), WORDS)
+    draws = torch.Generator().manual_seed(0)
+    x0 = -0.7 + 0.4 * torch.randn(64, *generator.shape, generator=draws)
+    noise = torch.randn(x0.shape, generator=draws)
+    condition = generator.encode([PROMPTS[0]] * len(x0))
+    for t in (0.15, 0.6):
+        times = torch.full((len(x0),), t)
+        x = generator.path.mix(x0, noise, times)
+        target = generator.path.target(generator.kind, x0, noise, times)
+        columns = torch.stack([x.flatten(), torch.ones(x.numel())], 1)
+        line = torch.linalg.lstsq(columns, target.flatten()[:, None]).solution
+        with torch.no_grad():
+            said = generator.denoiser(x, times, condition)
+        torch.testing.assert_close(said.flatten(), (columns @ line)[:, 0], atol=0.03, rtol=0)
+    plain = ImageGenerator(GeneratorConfig(**about), WORDS)
+    with torch.no_grad():
+        assert not plain.denoiser(x, times, condition).any()
+
+
+@pytest.mark.parametrize("extra", [{}, {"data_mean": -0.8, "data_spread": 0.4}])
 @NETWORKS
-def test_saved_generators_come_back_bit_for_bit(network, tmp_path):
-    generator = make(path="cosine", **network)
+def test_saved_generators_come_back_bit_for_bit(network, extra, tmp_path):
+    generator = make(path="cosine", **network, **extra)
     save_generator(tmp_path, generator)
     loaded = load_generator(tmp_path)
     assert loaded.config == generator.config
@@ -227,6 +252,7 @@ def test_missing_and_damaged_files_are_one_line(tmp_path):
         ({"width": 36}, "multiple of 8"),
         ({"condition_dropout": 1.0}, "share in"),
         ({"heads": 0}, "positive number"),
+        ({"data_spread": -1.0}, "0 or more"),
         ({"depth": -1}, "0 or more"),
     ],
 )
