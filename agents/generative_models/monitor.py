@@ -5,7 +5,9 @@ prompts from the same noise, and measures
 
 - the **proxy**, the reward that is optimized, and the **gold** reward, which is not,
 - **diversity**: the distance of images of one prompt, and recall and precision against the base's images of these
-  prompts (Kynkaanniemi et al. 2019, arXiv:1904.06991),
+  prompts (Kynkaanniemi et al. 2019, arXiv:1904.06991). These begin with other noise: from the same one a model that
+  hardly moved draws the base's images again, and covers them whatever it has lost. So the base itself has less than 1,
+  and the first evaluation says how much,
 - the **KL** of the model's chains to the base's, in nats of a whole chain, with one sampler for all methods.
 
 An evaluation is *on the frontier* if no earlier one had more gold at no larger KL (gold against KL: Gao et al. 2023,
@@ -201,10 +203,15 @@ class Monitor:
         """The prompt of every image."""
         return [prompt for prompt in self.prompts for _ in range(self.settings.eval_images)]
 
-    def draw(self, model: TextToImage) -> Tensor:
-        """Return a model's images of the evaluation, [P * eval_images, 3, H, W]: always from the same noise."""
+    def draw(self, model: TextToImage, *, other_noise: bool = False) -> Tensor:
+        """Return a model's images of the evaluation, [P * eval_images, 3, H, W]: always from the same noise.
+
+        Args:
+            model: draws.
+            other_noise: than that of evaluations, but again the same at every call.
+        """
         return model.generate(
-            self.asked, seed=self.seed, steps=self.settings.eval_steps, rule=STILL,
+            self.asked, seed=self.seed + other_noise, steps=self.settings.eval_steps, rule=STILL,
             scale=self.guidance, batch=self.batch_size,
         )  # fmt: skip
 
@@ -212,7 +219,7 @@ class Monitor:
     def measure(self, step: int, model: TextToImage, reference: TextToImage) -> Measurement:
         """Return what a model is like after `step` iterations, and remember it."""
         if self._base is None:
-            self._base = features(self.draw(reference))
+            self._base = features(self.draw(reference, other_noise=True))
         self.images = self.draw(model)
         scores = {
             name: checked_reward(reward, self.images, self.asked)

@@ -1,12 +1,14 @@
 """Policy gradients of denoising steps: DDPO, DPOK, Flow-GRPO and its descendants, as `methods` lists them.
 
 Each stochastic step of an image's chain is an action with a log-probability, and the image's reward is every one's. A
-gradient step is of a few passes with all their steps; gradients of (pass, step) pairs are added up, so memory is that
-of one. A pair's ratio, and the clip, come from `agents.core.policy_gradient`.
+gradient step is of a few passes with all their steps, never of some steps of an image's chain without the others;
+gradients of (pass, step) pairs are added up, so memory is that of one. A pair's ratio, and the clip, come from
+`agents.core.policy_gradient`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -79,7 +81,7 @@ class PolicyTuner(GeneratorTuner):
                 "from; give at least 2 steps and a level above 0"
             )
         self.bounds = clip_bounds(config.clip, self.dimension, config.log_prob)
-        self.history = ConditionStatistics(config.history, max(1, config.history // 2))
+        self.history = ConditionStatistics(config.history, config.history_least)
         self.value: ChainValue | None = None
         if config.credit == "value":
             with torch.random.fork_rng(devices=[]):
@@ -91,6 +93,12 @@ class PolicyTuner(GeneratorTuner):
             )
 
     # ---------------------------------------------------------------------------------- learning
+
+    def pass_size(self, images: int) -> int:
+        """Return what makes passes that `updates` gradient steps can share out: each step is of whole chains."""
+        updates = self.config.updates
+        rounds = math.ceil(images / (updates * self.config.batch_size))
+        return math.ceil(images / (updates * rounds))
 
     def update(self, batch: Sequence[str]) -> Metrics:
         """See `GeneratorTuner.update`."""
@@ -120,13 +128,13 @@ class PolicyTuner(GeneratorTuner):
         weights = step_weights(self.config.step_weight, sampler)
         metrics: list[Metrics] = []
         for _ in range(self.config.epochs):
-            pairs = [
-                (passes[place], index)
-                for place in self.shuffled(len(passes))
-                for index in self._chosen_steps(sampler)
-            ]
-            for part in parts(pairs, self.config.updates):
-                chosen = [(each, index) for each, index in part if each.kept.any()]
+            for part in parts(self.shuffled(len(passes)), self.config.updates):
+                chosen = [
+                    (passes[place], index)
+                    for place in part
+                    for index in self._chosen_steps(sampler)
+                    if passes[place].kept.any()
+                ]
                 if chosen:
                     metrics.append(self.descend(partial(self._backward, sampler, chosen, weights)))
         if not metrics:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from agents.core.agent import Learner
 from agents.core.errors import UserError
+from agents.core.parameter_averages import ParameterAverage
 from agents.core.sampling import Denoiser, Sampler
 from agents.generative_models.chains import ChainBatch, draw_chains, step_rules, window_start
 from agents.generative_models.credit import RewardFunction, checked_reward
@@ -40,6 +42,7 @@ class GeneratorTuner(Learner):
         model: learns.
         reference: the model as it was, frozen.
         parameters: of the model, that learn.
+        average: of these; None without `average_decay`.
         dimension: d, numbers of a sample.
         iterations: so far.
         evaluations: samples that went through a denoiser so far, the reference's and both halves of guidance included;
@@ -76,8 +79,13 @@ class GeneratorTuner(Learner):
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
+        self._learned = nn.ParameterList(self.parameters)
+        self.average: ParameterAverage[nn.ParameterList] | None = None
+        if config.average_decay:
+            self.average = ParameterAverage(self._learned, decay=config.average_decay, power=0)
         self._conditions: dict[str, Tensor] = {}
         self._samplers: dict[int, Sampler] = {}
+        self._guided: dict[TextToImage, Denoiser] = {}
 
     # ------------------------------------------------------------------------ what a method says
 
@@ -112,8 +120,14 @@ class GeneratorTuner(Learner):
         return self._samplers[start]
 
     def guided(self, model: TextToImage) -> Denoiser:
-        """Return a model's denoiser with the guidance of training."""
-        return model.guided(self.config.guidance)
+        """Return a model's denoiser with the guidance of training; the empty prompt is encoded once, too."""
+        if model not in self._guided:
+            self._guided[model] = model.guided(self.config.guidance)
+        return self._guided[model]
+
+    def pass_size(self, images: int) -> int:
+        """Return how many of an iteration's images go through the network at once."""
+        return min(images, self.config.batch_size)
 
     def draw(self, prompts: Sequence[str]) -> tuple[Sampler, list[ChainBatch]]:
         """Return an iteration's images with their chains, and what drew them."""
@@ -121,8 +135,9 @@ class GeneratorTuner(Learner):
         sampler = self.sampler(window_start(config, self.iterations, self.generator))
         batches = draw_chains(
             sampler, self.guided(self.model), self.model.decode, prompts, self.condition(prompts),
-            self.model.shape, self.generator, group=config.group, batch_size=config.batch_size,
-            shared_noise=config.shared_noise, how=config.log_prob, keep_mean=self.needs_mean,
+            self.model.shape, self.generator, group=config.group,
+            batch_size=self.pass_size(len(prompts) * config.group), shared_noise=config.shared_noise,
+            how=config.log_prob, keep_mean=self.needs_mean,
         )  # fmt: skip
         return sampler, batches
 
@@ -149,6 +164,8 @@ class GeneratorTuner(Learner):
         moved = [p for p in self.parameters if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(moved, self.config.max_gradient_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self._learned)
         self.gradient_updates += 1
         return metrics | {"gradient_norm": norm.detach()}
 
@@ -159,11 +176,31 @@ class GeneratorTuner(Learner):
     def _count(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.evaluations += len(arguments[0])
 
+    @contextmanager
+    def averaged(self) -> Iterator[TextToImage]:
+        """Lend the model with the average in its parameters' place, if there is one.
+
+        Storages change places and no number is copied: a state that was taken meanwhile stays the average's.
+        """
+        if self.average is None:
+            yield self.model
+            return
+        pairs = list(zip(self._learned, self.average.module, strict=True))
+        now = [own.data for own, _ in pairs]
+        for own, average in pairs:
+            own.data = average.data
+        try:
+            yield self.model
+        finally:
+            for (own, _), data in zip(pairs, now, strict=True):
+                own.data = data
+
     # -------------------------------------------------------------------------------------- state
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the modules to save; the reference, too: then a run does not depend on its base's folder."""
-        return {"model": self.model, "reference": self.reference}
+        own: dict[str, nn.Module] = {} if self.average is None else {"average": self.average}
+        return {"model": self.model, "reference": self.reference} | own
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizers to save."""

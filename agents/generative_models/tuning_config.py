@@ -70,7 +70,10 @@ class TuningConfig:
     advantage_limit: float = 5.0
     """Largest magnitude of an advantage."""
     history: int = 32
-    """Rewards of a prompt that `history` remembers (DDPO 32; half of them are needed)."""
+    """Rewards of a prompt that `history` remembers (DDPO 32)."""
+    history_least: int = 8
+    """Rewards of a prompt from which its history counts; before, the batch does (DDPO 16; 8 is one group of ours, and
+    with some hundred prompts a short run sees each of them once or twice)."""
     value_updates: int = 5
     """Gradient steps of the value in an iteration (DPOK 5)."""
     value_learning_rate: float = 1e-4
@@ -118,13 +121,17 @@ class TuningConfig:
     """Gradient steps in a pass (Flow-GRPO 2, DDPO 4)."""
     max_gradient_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    average_decay: float = 0.0
+    """Of an average of the parameters over gradient steps, which is evaluated, saved and reported in their place;
+    images to learn from are drawn without it. 0 for none (Flow-GRPO .9, taken every 8 gradient steps)."""
 
     RANGES: ClassVar[Ranges] = (
-        ("denoising_steps prompts group batch_size epochs updates best draws history window_every value_updates",
-         at_least_one, "a positive number"),
+        ("denoising_steps prompts group batch_size epochs updates best draws history history_least window_every "
+         "value_updates", at_least_one, "a positive number"),
         ("window gradient_steps kl weight_decay noise_level", not_negative, "0 or more"),
         ("shift beta clip advantage_limit max_gradient_norm", positive, "a positive number"),
         ("learning_rate value_learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
+        ("average_decay", lambda value: 0 <= value < 1, "a share below 1, or 0 for no average"),
         ("step_share", lambda value: 0 < value <= 1, "a share above 0, up to 1"),
         ("reward_ceiling", lambda value: not math.isnan(value), "a number"),
         ("guidance", not_negative, "0 or more"),
@@ -146,6 +153,10 @@ class TuningConfig:
         if compares and self.group < 2:
             raise UserError(
                 "group is 1, but images of a prompt are compared; give at least 2, or --credit history or value"
+            )
+        if self.history_least > self.history:
+            raise UserError(
+                f"history_least is {self.history_least} of a history of {self.history}; give as many at most"
             )
         if self.objective == "imitation" and self.best >= self.group:
             raise UserError(f"best is {self.best} of a group of {self.group}; give fewer than all")

@@ -126,10 +126,12 @@ class TuningLoop(RunLoop):
 
     def own_parts(self, *, environments: bool) -> dict[str, Any]:
         """See `RunLoop.own_parts`; the generator is a part of its own, as `load_generator` finds it."""
+        with self.agent.averaged() as model:
+            tree = model.to_tree()
         return {
             "prompts": self.prompts.get_state(),
             "monitor": {"history": self.monitor.get_state()},
-            PART: self.agent.model.to_tree(),
+            PART: tree,
         }
 
     def set_own_parts(self, parts: Mapping[str, Any]) -> None:

@@ -135,7 +135,8 @@ class FineTuningSession:
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """Measure the model, and show the same held-out prompts from the same noise."""
         step = progress.agent_steps
-        said = self.monitor.measure(step, self.tuner.model, self.tuner.reference)
+        with self.tuner.averaged() as model:
+            said = self.monitor.measure(step, model, self.tuner.reference)
         count = self.monitor.settings.eval_images
         asked = self.monitor.asked[: SHOWN * count]
         sheet = contact_sheet(self.monitor.images[: len(asked)], asked, columns=count)
@@ -155,10 +156,11 @@ class FineTuningSession:
         """Write the run's report: the base against the checkpoint of the most gold, on held-out prompts."""
         spent, stopped = self.tuner.evaluations, self.loop.stopped
         count = self.monitor.settings.eval_images
-        before = draw(self.tuner.reference, self.config["held_out"], count, self.config)
+        prompts, reference = self.config["held_out"], self.tuner.reference
+        before = draw(reference, prompts, count, self.config)
         kept = []
         with self.at_best() as (model, best_step):
-            after = draw(model, self.config["held_out"], count, self.config)
+            after = draw(model, prompts, count, self.config)
             if isinstance(model, PipelineGenerator):
                 model.save_lora(self.run / LORA)
                 kept.append(
@@ -169,7 +171,8 @@ class FineTuningSession:
             title=f"{self.config['method']} on {self.config['reward']}",
             before=before,
             after=after,
-            prompts=self.config["held_out"],
+            again=draw(reference, prompts, count, self.config, noise=2),
+            prompts=prompts,
             images=count,
             rewards=named_rewards(self.config, self.rewards),
             history=self.monitor.history,
@@ -187,10 +190,17 @@ class FineTuningSession:
 
     @contextmanager
     def at_best(self) -> Iterator[tuple[TextToImage, int]]:
-        """Lend the model with its weights at the evaluation of the most gold, and that evaluation's iteration."""
+        """Lend the model with its weights at the evaluation of the most gold, and that evaluation's iteration.
+
+        Where parameters are averaged, these are the average.
+        """
         model, parts = self.tuner.model, self.checkpoints.load("best")
+        networks = parts["agent"]["networks"]
         now = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(parts["agent"]["networks"]["model"])
+        model.load_state_dict(networks["model"])
+        if "average" in networks:
+            for place, parameter in enumerate(self.tuner.parameters):
+                parameter.data.copy_(networks["average"][f"module.{place}"])
         try:
             yield model, parts["progress"]["agent_steps"]
         finally:
@@ -233,9 +243,25 @@ def load_base(config: Mapping[str, Any]) -> TextToImage:
     return load_pipeline(config["base"], settings, seed=config["seeds"]["agent"])
 
 
-def draw(model: TextToImage, prompts: list[str], count: int, config: Mapping[str, Any]) -> Tensor:
-    """Return `count` images of each of the report's prompts, from noise that neither training nor monitor has seen."""
-    seed = int(np.random.SeedSequence((config["seeds"]["evaluation"], 1)).generate_state(1)[0])
+def draw(
+    model: TextToImage,
+    prompts: list[str],
+    count: int,
+    config: Mapping[str, Any],
+    *,
+    noise: int = 1,
+) -> Tensor:
+    """Return `count` images of each of the report's prompts, from noise that neither training nor monitor has seen.
+
+    Args:
+        model: draws.
+        prompts: what.
+        count: images of each.
+        config: of the run.
+        noise: its number; images of different numbers are independent.
+    """
+    seeds = np.random.SeedSequence((config["seeds"]["evaluation"], noise))
+    seed = int(seeds.generate_state(1)[0])
     return model.generate(
         [prompt for prompt in prompts for _ in range(count)],
         seed=seed,

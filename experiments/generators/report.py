@@ -58,7 +58,7 @@ def compare(
 
     Args:
         before: the base's images, [P * images, 3, H, W], prompt by prompt.
-        after: the same prompts from the same noise.
+        after: the same prompts, from the same noise or not.
         prompts: P of them.
         rewards: by name.
         images: of each prompt.
@@ -89,6 +89,7 @@ def write_report(
     prompts: Sequence[str],
     images: int,
     rewards: Mapping[str, RewardFunction],
+    again: Tensor | None = None,
     history: Sequence[Measurement] = (),
     tolerance: float = 2.0,
     names: tuple[str, str] = ("", ""),
@@ -105,6 +106,8 @@ def write_report(
         prompts: P of them.
         images: of each.
         rewards: by name.
+        again: the base's images from other noise, which recall and precision are against; without them there are none
+            (see `monitor`).
         history: the monitor's, if there was one.
         tolerance: the monitor's.
         names: of proxy and gold.
@@ -113,14 +116,16 @@ def write_report(
     """
     folder = run / FOLDER
     rows = compare(before, after, prompts, rewards, images)
-    first = [features(some) for some in (before, after)]
-    enough = len(before) > NEIGHBORS
-    diversity = {
-        "distance": [float(group_distance(v, images)) if images > 1 else None for v in first],
-        # Of a few images nobody has a third neighbor.
-        "recall": [None, float(coverage(first[0], first[1])) if enough else None],
-        "precision": [None, float(coverage(first[1], first[0])) if enough else None],
+    vectors = [features(some) for some in (before, after)]
+    diversity: dict[str, list[float | None]] = {
+        "distance": [float(group_distance(v, images)) if images > 1 else None for v in vectors],
+        "recall": [None, None],
+        "precision": [None, None],
     }
+    if again is not None and len(again) > NEIGHBORS:  # of a few images nobody has a third neighbor
+        base = features(again)
+        diversity["recall"] = [float(coverage(base, v)) for v in vectors]
+        diversity["precision"] = [float(coverage(v, base)) for v in vectors]
     folder.mkdir(parents=True, exist_ok=True)
     asked = [prompt for prompt in prompts[:SHOWN] for _ in range(images)]
     for name, some in (("before", before), ("after", after)):

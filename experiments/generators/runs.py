@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from agents.core.errors import UserError
 from agents.core.run_loop import RunLoop
 from agents.core.trees import check_schema
@@ -105,6 +107,8 @@ def run_session(
     with stop_on_signal() as stopped, lock_run(run):
         if not resume:
             begin_run(run, config)
+        if config["threads"]:  # a session evaluates its base as it opens
+            torch.set_num_threads(config["threads"])
         try:
             session = open_session(resume)
         except BaseException:

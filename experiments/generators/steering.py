@@ -71,6 +71,7 @@ def steer(run: Path, config: dict[str, Any]) -> Path:
                 title=f"{config['method']} on {config['reward']}, nothing trained",
                 before=before,
                 after=after,
+                again=draw(base, config["held_out"], count, config, noise=2),
                 prompts=config["held_out"],
                 images=count,
                 rewards=named_rewards(config, rewards),

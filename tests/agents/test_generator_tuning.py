@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from agents.core.advantages import ConditionStatistics
 from agents.core.errors import UserError
 from agents.core.policy_gradient import ppo_clip
 from agents.core.sampling import Sampler
 from agents.core.step_rules import CPS, DanceSDE, FlowSDE, Posterior
 from agents.generative_models import chains, credit, ratio_rules
+from agents.generative_models.credit import image_advantage
 from agents.generative_models.methods import METHODS, find_method
 from agents.generative_models.reward_gradients import truncated_chain
 from agents.generative_models.tuner import parts
@@ -138,7 +140,9 @@ def test_log_ratios_of_means_shrink_with_the_root_of_the_size():
 
 def chain_of_shifts(rule, count=256):
     """Return for each stochastic step of a chain of the toy its log-ratio, plain and normalized, after a shift."""
-    tuner = tuner_of("flow-grpo", toy_generator(), batch_size=count, group=count, guidance=1.0)
+    tuner = tuner_of(
+        "flow-grpo", toy_generator(), batch_size=count, group=count, updates=1, guidance=1.0
+    )
     tuner.needs_mean = True
     sampler = Sampler(tuner.model.path, tuner.model.kind, [*[rule] * 4, Posterior(0.0)],
                       tuner.model.path.times(5))  # fmt: skip
@@ -178,7 +182,7 @@ def gradient_norms(name, **overrides):
     """Return the norm of each step's gradient to the mean of the toy, with advantages of either sign."""
     tuner = tuner_of(
         name, toy_generator(), batch_size=64, group=64, prompts=1, guidance=1.0, noise="flow_sde", kl=0.0,
-        denoising_steps=8, **overrides,
+        denoising_steps=8, updates=1, **overrides,
     )  # fmt: skip
     sampler, (batch,) = tuner.draw(PROMPTS[:1])
     weights = ratio_rules.step_weights(tuner.config.step_weight, sampler)
@@ -353,7 +357,7 @@ def _bounded(call):
 @pytest.mark.parametrize("name", ["flow-grpo", "grpo-guard"])
 def test_a_batch_of_one_equals_a_batch_of_many(name):
     """The loss of a pass is the sum of those of its images alone: nothing is averaged or flattened across."""
-    tuner = tuner_of(name, batch_size=6, kl=0.5)
+    tuner = tuner_of(name, batch_size=6, group=3, updates=1, kl=0.5)
     sampler, batches = tuner.draw(PROMPTS[:2])
     disturbed(tuner)
     batch, index = batches[0], sampler.stochastic[1]
@@ -374,6 +378,53 @@ def test_a_batch_of_one_equals_a_batch_of_many(name):
     torch.testing.assert_close(together, torch.stack(alone).sum(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("images", "batch_size", "updates"), [(8, 3, 2), (8, 32, 4), (5, 2, 3), (3, 4, 8)]
+)
+def test_gradient_steps_share_out_images_and_never_a_chain_s_steps(
+    monkeypatch, images, batch_size, updates
+):
+    """Every image is in one gradient step, with all its steps, and these are as many as there can be."""
+    tuner = tuner_of("flow-grpo", group=images, batch_size=batch_size, updates=updates)
+    steps, backward = [], tuner._backward
+    monkeypatch.setattr(
+        tuner,
+        "_backward",
+        lambda s, pairs, weights: steps.append(pairs) or backward(s, pairs, weights),
+    )
+    sampler, _ = tuner.draw(PROMPTS[:1])
+    tuner.update(PROMPTS[:1])
+    learned = []
+    for pairs in steps:
+        passes = {id(each.batch): each.batch for each, _ in pairs}
+        for number, batch in passes.items():
+            assert len(batch) <= batch_size
+            assert sorted(i for each, i in pairs if id(each.batch) == number) == list(
+                sampler.stochastic
+            )
+        learned += list(passes)
+    assert len(steps) == min(images, updates)
+    assert len(set(learned)) == len(learned)
+    sizes = {id(each.batch): len(each.batch) for pairs in steps for each, _ in pairs}
+    assert sum(sizes.values()) == images
+
+
+def test_a_prompt_is_compared_with_its_own_rewards_from_its_first_group_on():
+    """At DDPO's threshold of 16, groups of 8 and prompts that hardly come again are compared with each other."""
+    reward = torch.tensor([0.0] * 4 + [1.0] * 4 + [10.0] * 4 + [11.0] * 4)
+    prompts, group = ["a"] * 8 + ["b"] * 8, torch.arange(2).repeat_interleave(8)
+
+    def advantages(**overrides):
+        config = find_method("ddpo").config(**overrides)
+        history = ConditionStatistics(config.history, config.history_least)
+        return image_advantage(reward, group, prompts, config, history).advantage
+
+    own = torch.tensor(([-1.0] * 4 + [1.0] * 4) * 2)
+    torch.testing.assert_close(advantages(), own, atol=1e-4, rtol=0)
+    assert float(advantages(history_least=16)[:8].max()) < -0.5
+    assert tuner_of("ddpo", history_least=3).history.at_least == 3
+
+
 def test_images_of_groups_that_are_all_alike_do_not_count():
     tuner = tuner_of("flow-grpo", reward=lambda images, prompts: torch.ones(len(prompts)))
     before = [p.clone() for p in tuner.model.denoiser.parameters()]
@@ -391,7 +442,7 @@ def test_prompts_are_encoded_once_and_guidance_is_one_pass(monkeypatch):
     tuner.model.denoiser.register_forward_pre_hook(lambda m, a: sizes.append(len(a[0])))
     for _ in range(2):
         tuner.update([PROMPTS[0], PROMPTS[1]])
-    assert [prompt for prompt in asked if prompt] == list(PROMPTS[:2])
+    assert sorted(asked) == sorted(["", *PROMPTS[:2]])
     # 8 images in passes of 3, 3, 2 of twice the size: 5 steps of drawing and 4 of learning, and nothing beside.
     assert sorted(sizes) == sorted([6, 6, 4] * 9 * 2)
     assert tuner.evaluations == sum(sizes)
@@ -413,7 +464,7 @@ def test_windows_move_and_are_where_the_noise_is():
 
 
 def test_groups_share_their_noise_where_asked():
-    tuner = tuner_of("dance-grpo", batch_size=8)
+    tuner = tuner_of("dance-grpo", batch_size=8, updates=1)
     _, (batch,) = tuner.draw(PROMPTS[:2])
     start = batch.samples[0]
     assert torch.equal(start[0], start[3])
@@ -528,9 +579,34 @@ def test_rewards_without_a_gradient_are_refused():
 # -------------------------------------------------------------------------------- state and mistakes
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_the_average_is_lent_in_the_parameters_place_and_draws_nothing():
+    tuner, plain = (tuner_of("flow-grpo", average_decay=decay, updates=1) for decay in (0.75, 0.0))
+    expected = [p.detach().clone() for p in tuner.model.denoiser.parameters()]
+    for _ in range(3):
+        metrics, same = tuner.update(PROMPTS[:2]), plain.update(PROMPTS[:2])
+        assert (
+            metrics["reward/mean"] == same["reward/mean"]
+        )  # images of training are the model's own
+        assert metrics["ratio/first_deviation"] == 0
+        now = [p.detach().clone() for p in tuner.model.denoiser.parameters()]
+        expected = [0.75 * old + 0.25 * new for old, new in zip(expected, now, strict=True)]
+    with tuner.averaged() as model:
+        lent = [p.detach().clone() for p in model.denoiser.parameters()]
+        state = model.denoiser.state_dict()
+    torch.testing.assert_close(lent, expected)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), lent, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(lent, now, strict=True))
+    for before, after in zip(now, tuner.model.denoiser.parameters(), strict=True):
+        assert torch.equal(before, after)
+    with plain.averaged() as model:
+        assert model is plain.model
+
+
+@pytest.mark.parametrize("name", [*METHODS, "averaged"])
 def test_state_that_is_restored_goes_on_exactly(name):
-    options = {"group": 1} if METHODS[name].settings.get("group") == 1 else {}
+    options = {"average_decay": 0.9} if name == "averaged" else {}
+    name = "flow-grpo" if name == "averaged" else name
+    options |= {"group": 1} if METHODS[name].settings.get("group") == 1 else {}
     straight = tuner_of(name, **options)
     for _ in range(3):
         straight.update(PROMPTS[:2])
@@ -543,6 +619,11 @@ def test_state_that_is_restored_goes_on_exactly(name):
         second.update(PROMPTS[:2])
     for key, value in straight.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[key]), key
+    if options.get("average_decay"):
+        for one, other in zip(
+            straight.average.parameters(), second.average.parameters(), strict=True
+        ):
+            assert torch.equal(one, other)
     assert straight.extra_state() == second.extra_state()
 
 

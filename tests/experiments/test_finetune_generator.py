@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agents.core.checkpoints import CheckpointStore
+from agents.core.errors import UserError
 from agents.core.settings import to_dict
 from agents.generative_models.drawings import DrawingSettings
 from agents.generative_models.generator import (
@@ -16,8 +17,9 @@ from agents.generative_models.generator import (
     save_generator,
 )
 from agents.generative_models.methods import METHODS
+from agents.generative_models.monitor import Monitor
 from experiments.finetune_generator import default_gold, main, new_config, parser
-from experiments.generators.finetuning import split_held_out
+from experiments.generators.finetuning import FineTuningSession, split_held_out
 from experiments.generators.pretraining import vocabulary_of
 
 DRAWINGS = DrawingSettings(size=16, kinds=("single",), pictures=8)
@@ -88,6 +90,34 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(base, tmp_path):
         json.loads((run / "report" / "report.json").read_text())["rewards"] for run in (whole, half)
     ]
     assert reports[0] == reports[1]
+
+
+def test_the_average_is_what_is_measured_kept_and_reported(base, tmp_path):
+    run = tmp_path / "run"
+    more = ("--learning-rate", "0.01", "--patience", "0", "--average-decay")
+    assert main(words(base, run, *more, 0.5)) == 0
+    assert main(words(base, tmp_path / "plain", *more, 0)) == 0
+    networks = CheckpointStore(run).load()["agent"]["networks"]
+    kept = list(load_generator(run).denoiser.parameters())
+    average = [networks["average"][f"module.{place}"] for place in range(len(kept))]
+    assert all(torch.equal(a, b) for a, b in zip(kept, average, strict=True))
+    last = networks["model"]
+    assert not torch.equal(
+        kept[0], last[next(name for name in last if name.startswith("denoiser."))]
+    )
+    histories = [
+        json.loads((folder / "report" / "report.json").read_text())["history"]
+        for folder in (run, tmp_path / "plain")
+    ]
+    assert histories[0][0] == histories[1][0]
+    assert 0 < histories[0][-1]["values"]["kl"] < histories[1][-1]["values"]["kl"]
+    config = json.loads((run / "config.json").read_text())
+    session = FineTuningSession(run, config, resume=True)
+    best = CheckpointStore(run).load("best")["agent"]["networks"]["average"]
+    with session.at_best() as (model, _):
+        for place, parameter in enumerate(model.denoiser.parameters()):
+            assert torch.equal(parameter, best[f"module.{place}"])
+    session.close()
 
 
 def test_a_run_goes_on_without_its_base(base, tmp_path):
@@ -238,6 +268,36 @@ def test_one_steered_prompt_of_few_images_is_reported(base, tmp_path):
 )
 def test_the_gold_reward_is_not_the_optimized_one(reward, gold):
     assert default_gold(reward) == gold
+
+
+def test_text_has_no_second_judge_and_needs_a_gold_reward():
+    for reward in ("glyphs", "brightness+glyphs:2"):
+        with pytest.raises(UserError, match="--gold"):
+            default_gold(reward)
+
+
+def test_a_fine_tuned_run_is_a_base_that_knows_its_prompts(base, tmp_path):
+    run = tmp_path / "run"
+    assert main(words(base, run, "--steps", 1)) == 0
+    again, first = (config_of(each, tmp_path) for each in (run, base))
+    for side in ("prompts", "monitored", "held_out"):
+        assert again[side] == first[side]
+
+
+def test_the_base_is_evaluated_on_the_threads_that_are_asked_for(base, tmp_path, monkeypatch):
+    threads, measure = [], Monitor.measure
+    monkeypatch.setattr(
+        Monitor,
+        "measure",
+        lambda *given: threads.append(torch.get_num_threads()) or measure(*given),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(words(base, tmp_path / "run", "--steps", 1)) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 1]
 
 
 def config_of(base, tmp_path, *more, method="flow-grpo"):
