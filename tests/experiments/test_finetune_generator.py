@@ -18,7 +18,7 @@ from agents.generative_models.generator import (
 )
 from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import Monitor
-from experiments.finetune_generator import default_gold, main, new_config, parser
+from experiments.finetune_generator import PRESETS, default_gold, main, new_config, parser
 from experiments.generators.finetuning import FineTuningSession, split_held_out
 from experiments.generators.pretraining import vocabulary_of
 
@@ -118,6 +118,25 @@ def test_the_average_is_what_is_measured_kept_and_reported(base, tmp_path):
         for place, parameter in enumerate(model.denoiser.parameters()):
             assert torch.equal(parameter, best[f"module.{place}"])
     session.close()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_taken(base, tmp_path, preset):
+    flags = [
+        "--base",
+        str(base),
+        "--preset",
+        preset,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    config = new_config("flow-grpo", vars(parser("flow-grpo").parse_args(flags)))
+    parts = [config["tuning"], config["loop"], config["monitor"]]
+    known = {name: part[name] for part in parts for name in PRESETS[preset] if name in part}
+    assert known
+    assert known == {name: PRESETS[preset][name] for name in known}
 
 
 def test_a_run_goes_on_without_its_base(base, tmp_path):

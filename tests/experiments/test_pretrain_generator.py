@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from agents.core.checkpoints import CheckpointStore
-from agents.generative_models.generator import load_generator
-from experiments.pretrain_generator import main
+from agents.core.settings import from_dict
+from agents.generative_models.generator import GeneratorConfig, ImageGenerator, load_generator
+from agents.generative_models.text import Vocabulary
+from experiments.pretrain_generator import PRESETS, main, new_config, parser
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,23 @@ def test_a_run_tells_everything_and_goes_on_exactly(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--resume", str(parts)]) == 0
     assert "nothing to do: it has 12 of 12 gradient steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_taken_and_give_way_to_flags(preset):
+    def config(*flags):
+        return new_config(
+            vars(parser().parse_args(["--preset", preset, "--device", "cpu", *flags]))
+        )
+
+    own = config()
+    parts = [own["generator"], own["drawings"], own["learning"], own["loop"]]
+    for name, value in PRESETS[preset].items():
+        said = next(p[name] for p in parts if name in p)
+        assert said == (list(value) if isinstance(value, tuple) else value), name
+    ImageGenerator(from_dict(GeneratorConfig, own["generator"]), Vocabulary.of(["a red circle"]))
+    assert config("--bf16")["learning"]["bf16"]
+    assert not config("--no-bf16")["learning"]["bf16"]
 
 
 def test_other_networks_paths_and_drawings(tmp_path):
