@@ -188,7 +188,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
 
 def fast_bf16() -> bool:
     """Whether this processor has instructions for bfloat16; without them it is many times slower than float32."""
-    about = getattr(torch.cpu, "get_capabilities", dict)()
+    about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(about.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
