@@ -162,6 +162,7 @@ def draw_times(
     distribution: TimeDistribution = "uniform",
     first: float = 0.0,
     second: float = 1.0,
+    shift: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return random training times of a path, float32.
@@ -175,6 +176,8 @@ def draw_times(
             2024, arXiv:2410.24164, appendix B, there with time reversed).
         first: see `distribution`; the uniform one has none.
         second: likewise.
+        shift: t <- shift * t / (1 + (shift - 1) * t), as of the times that samplers visit (`Path.times`): above 1 more
+            near the noise. A logit-normal's mean grows by log(shift).
         device: of the result.
 
     Raises:
@@ -193,4 +196,5 @@ def draw_times(
             for p in (first, second)
         )
         t = a / (a + b)
+    t = shift * t / (1 + (shift - 1) * t)
     return path.snap(t.clamp(min=SMALLEST_TIME, max=1.0))

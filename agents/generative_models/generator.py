@@ -16,6 +16,7 @@ Example:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -83,6 +84,9 @@ class GeneratorConfig:
     times: TimeDistribution = "logit_normal"
     """Of training times: logit_normal prefers the middle (Esser et al. 2024, arXiv:2403.03206, table 1: best of all),
     beta(1, 1) and uniform are the same."""
+    times_shift: float = 1.0
+    """Shift of training times, above 1 more near the noise, where it is decided what is where (Esser et al., equation
+    23, for large images); steps of a chain have a shift of their own."""
 
     def __post_init__(self) -> None:
         """Reject values that no generator can be built with."""
@@ -94,6 +98,8 @@ class GeneratorConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.data_spread < 0:
             raise UserError(f"data_spread is {self.data_spread}; give 0 or more")
+        if not 0 < self.times_shift < math.inf:
+            raise UserError(f"times_shift is {self.times_shift}; give a positive number")
         if not 0 <= self.condition_dropout < 1:
             raise UserError(
                 f"condition_dropout is {self.condition_dropout}; give a share in [0, 1)"
@@ -133,6 +139,7 @@ class ImageGenerator(TextToImage):
         self.shape = (3, config.size, config.size)
         self.path, self.kind = PATHS[config.path], config.kind
         self.condition_dropout, self.training_times = config.condition_dropout, config.times
+        self.training_shift = config.times_shift
         self.text = TextEncoder(
             len(vocabulary.words),
             vocabulary.length,

@@ -32,6 +32,7 @@ class TextToImage(nn.Module, ABC):
         denoiser: (x [B, C, H, W], t [B], condition [B, L, F]) -> prediction [B, C, H, W].
         condition_dropout: share of conditions that `loss` empties.
         training_times: their distribution in `loss`.
+        training_shift: of them, above 1 more near the noise.
     """
 
     shape: tuple[int, int, int]
@@ -40,6 +41,7 @@ class TextToImage(nn.Module, ABC):
     denoiser: nn.Module
     condition_dropout: float
     training_times: TimeDistribution
+    training_shift: float = 1.0
 
     # ------------------------------------------------------------------- what each kind says itself
 
@@ -162,8 +164,9 @@ class TextToImage(nn.Module, ABC):
         # A logit-normal's numbers are its mean and spread, (0, 1) in Esser et al.; those of a beta are (1, 1).
         first = 1.0 if self.training_times == "beta" else 0.0
         t = draw_times(
-            self.path, len(x0), distribution=self.training_times, first=first, second=1.0, **options
-        )
+            self.path, len(x0), distribution=self.training_times, first=first, second=1.0,
+            shift=self.training_shift, **options
+        )  # fmt: skip
         noise = standard_normal(x0.shape, generator, device=x0.device)
         return self.errors(x0, condition, t, noise)
 

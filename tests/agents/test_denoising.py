@@ -198,6 +198,16 @@ def test_training_times_follow_their_distribution(choice, cdf):
     assert stats.kstest(t.numpy(), cdf).pvalue > 0.01
 
 
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_a_shift_moves_the_mean_of_logit_normal_times_by_its_logarithm(shift):
+    options = {"distribution": "logit_normal", "first": 0.3, "second": 0.8}
+    t, other = (
+        draw_times(RectifiedFlow(), 1000, torch.Generator().manual_seed(0), **options | own)
+        for own in ({"shift": shift}, {"first": 0.3 + math.log(shift)})
+    )
+    torch.testing.assert_close(t, other)
+
+
 def test_training_times_of_a_discrete_path_are_its_knots_equally_often():
     path = DiscreteVP(10)
     t = draw_times(path, (100, 500), torch.Generator().manual_seed(0))

@@ -174,6 +174,23 @@ def test_loss_drops_conditions_at_the_given_rate():
     assert 0.2 < seen[0.25] < 0.3
 
 
+def test_loss_draws_times_nearer_the_noise_where_they_are_shifted():
+    seen = {}
+    for shift in (1.0, 9.0):
+        generator = make(times_shift=shift, **UNET)
+        generator.denoiser.register_forward_hook(
+            lambda module, inputs, out, shift=shift: seen.update({shift: inputs[1].median().item()})
+        )
+        with torch.no_grad():
+            generator.loss(
+                noise(1).expand(800, -1, -1, -1),
+                generator.encode(["a red circle"] * 800),
+                torch.Generator().manual_seed(0),
+            )
+    assert 0.45 < seen[1.0] < 0.55
+    assert 0.88 < seen[9.0] < 0.92  # 9 * .5 / (1 + 8 * .5)
+
+
 def test_loss_repeats_with_the_generator():
     generator = make(**UNET)
     condition = generator.encode(PROMPTS[:2])
@@ -254,6 +271,7 @@ def test_missing_and_damaged_files_are_one_line(tmp_path):
         ({"heads": 0}, "positive number"),
         ({"data_spread": -1.0}, "0 or more"),
         ({"depth": -1}, "0 or more"),
+        ({"times_shift": 0.0}, "positive number"),
     ],
 )
 def test_bad_settings_say_what_to_give(settings, text):
