@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "denoising_steps": 6, "window": 3, "window_every": 1_000_000, "step_weight": "noise", "guidance": 1.0,
         "prompts": 12, "group": 16, "batch_size": 64, "updates": 1, "learning_rate": 1e-4, "average_decay": 0.9,
-        "kl": 0.0, "steps": 120, "eval_every": 20, "checkpoint_every": 20,
+        "kl": 0.0, "steps": 240, "eval_every": 40, "checkpoint_every": 40,
     },
     # Seconds, to see that everything works.
     "debug": {

@@ -86,17 +86,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 1_000,
         **ON_CPUS,
     },
-    # A few minutes on two cores: groups of like things alone, in fewer pixels (see experiments.generator_demo).
+    # Some ten minutes of a core: groups of like things alone, in fewer pixels (see experiments.generator_demo).
     "demo": {
         "size": 24,
         "kinds": ("single",),
         "width": 96,
         "levels": 3,
         "depth": 2,
-        "steps": 1_400,
-        "eval_every": 700,
+        "steps": 4_800,
+        "eval_every": 1_600,
         "eval_steps": 10,
         **ON_CPUS,
+        "average_decay": 0.998,
     },
     # Seconds, to see that everything works.
     "debug": {
