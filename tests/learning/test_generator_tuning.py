@@ -88,7 +88,9 @@ def test_a_clip_of_another_size_would_freeze_learning():
         metrics = [tuner.update(PROMPTS)["ratio/outside"] for _ in range(5)]
         outside[clip] = float(torch.stack(metrics).mean())
     copied, free = outside.values()
-    assert copied > 0.4  # of .75: the first of four gradient steps is never outside; .49 to .52 over seeds
+    assert (
+        copied > 0.4
+    )  # of .75: the first of four gradient steps is never outside; .49 to .52 over seeds
     assert free < 0.1  # .04 to .06
 
 
