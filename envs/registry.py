@@ -62,6 +62,11 @@ class TaskSpec:
         """The body that a dm_control task moves, such as `walker`; for other families the task."""
         return self.id.partition("/")[2].partition("-")[0]
 
+    @property
+    def may_tell_success(self) -> bool:
+        """Whether an info may tell if the task is solved: of Gymnasium's own tasks nobody knows before."""
+        return self.success or self.family == "gym"
+
     def build(self, episode_length: int | None = None) -> gymnasium.Env:
         """Return a new adapter, importing its simulator if need be.
 

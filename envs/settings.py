@@ -94,8 +94,8 @@ class Settings:
             raise UserError(f"camera is {self.camera!r}; expected a camera's name or number")
 
     def _check_success(self, spec: TaskSpec) -> None:
-        """Refuse to wait for a success that no task tells; of Gymnasium's own tasks nobody knows before."""
-        if self.end_at_success and not (spec.success or spec.family == "gym"):
+        """Refuse to wait for a success that the task does not tell."""
+        if self.end_at_success and not spec.may_tell_success:
             raise UserError(
                 f"end_at_success: {self.id} does not tell whether it is solved; leave it out"
             )

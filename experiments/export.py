@@ -138,9 +138,8 @@ def export(
         with _refusal_named(file):
             unfinished.replace(file)
     finally:
-        with suppress(
-            OSError
-        ):  # where nothing can be written, deleting nothing is an error of many names
+        # Where nothing can be written, deleting nothing is an error of many names.
+        with suppress(OSError):
             unfinished.unlink()
     return difference
 

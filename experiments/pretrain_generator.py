@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from agents.core.errors import UserError
+from agents.core.precision import resolve_precision
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import to_dict
 from agents.generative_models.drawings import DrawingSettings
@@ -167,7 +168,9 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise UserError.unknown("preset", name, ["auto", *PRESETS])
     seed, seeds = spawn_seeds(given["seed"])
-    own = PRESETS[name] | ({"bf16": fast_bf16()} if name in ("cpu", "demo") else {})
+    own = PRESETS[name]
+    if name in ("cpu", "demo"):
+        own = own | {"bf16": resolve_precision("auto", torch.device(device)) == "bf16"}
     sources = (own, {key: value for key, value in given.items() if key != "seed"})
     generator = fill(GeneratorConfig(), *sources)
     # The pictures are the same for every seed of a run, so that they are drawn once.
@@ -185,12 +188,6 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         "threads": given["threads"],
         "preset": given["preset"],
     }
-
-
-def fast_bf16() -> bool:
-    """Whether this processor has instructions for bfloat16; without them it is many times slower than float32."""
-    about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(about.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:

@@ -263,12 +263,12 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_reward(reward: str, task: str) -> str:
-    """Return what a run learns from, if the task may tell it; of Gymnasium's own tasks nobody knows before.
+    """Return what a run learns from, if the task may tell it.
 
     Raises:
         UserError: success of a task that does not tell.
     """
-    if reward == "success" and not (envs.get_spec(task).success or task.startswith("gym/")):
+    if reward == "success" and not envs.get_spec(task).may_tell_success:
         raise UserError(
             f"--reward success: {task} does not tell whether it is solved; leave the flag out"
         )

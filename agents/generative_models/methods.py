@@ -83,7 +83,8 @@ METHODS: dict[str, Method] = {
     ),
     "raft": Method(
         "imitation of the best image of each group (RAFT)",
-        {"objective": "imitation", "kl": 0.0, "updates": 1},
+        # What is imitated is drawn without noise, which few stochastic steps leave in a picture.
+        {"objective": "imitation", "kl": 0.0, "updates": 1, "noise_level": 0.0},
     ),
     "diffusion-dpo": Method("best against worst image (Diffusion-DPO)", _PAIRS),
     "ipo": Method("the same, with a margin to regress to (IPO)", _PAIRS | {"preference": "ipo", "beta": 0.1}),

@@ -8,7 +8,7 @@ over a doubled batch.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -201,6 +201,17 @@ class GeneratorTuner(Learner):
         """Return the modules to save; the reference, too: then a run does not depend on its base's folder."""
         own: dict[str, nn.Module] = {} if self.average is None else {"average": self.average}
         return {"model": self.model, "reference": self.reference} | own
+
+    def lend_weights(self, networks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Put a checkpoint's weights in the model: those of its average, where it kept one.
+
+        Args:
+            networks: the checkpoint's states of `networks`.
+        """
+        self.model.load_state_dict(networks["model"])
+        if "average" in networks:
+            for place, parameter in enumerate(self._learned):
+                parameter.data.copy_(networks["average"][f"module.{place}"])
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizers to save."""

@@ -130,18 +130,15 @@ class FineTuner(OnPolicyAgent):
                 "a chunk that goes on with the last one cannot be fine-tuned; give --no-inpaint"
             )
         self.config, self.device, self.num_envs = config, torch.device(device), num_envs
-        seeds = child_seeds(
-            seed, STREAMS
-        )  # from one seed weights, noise and order would be the same numbers
+        # Drawn from one seed, weights, noise and order would be the same numbers.
+        seeds = child_seeds(seed, STREAMS)
         self.generator = torch.Generator(self.device).manual_seed(seeds["exploration"])
         self.acting = torch.Generator(self.device).manual_seed(seeds["acting"])
         self.order = np.random.default_rng(seeds["order"])
         self.further_seed = seeds["further"]
         spaces = observation_boxes(observation_space)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                seeds["weights"]
-            )  # they are drawn on the CPU: the same on every device
+            torch.manual_seed(seeds["weights"])  # on the CPU: the same on every device
             self.policy = DenoisingPolicy(spaces, action_space, policy)
             self.critic = Critic(ConditionEncoder(spaces, policy), config.hidden)
         self.policy.to(self.device)

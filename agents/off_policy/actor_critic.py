@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -33,14 +33,13 @@ from agents.core.fields import observation_boxes
 from agents.core.greedy import GreedyPolicy
 from agents.core.networks import Trunk, TwinQ, gradient_norm, polyak_update
 from agents.core.pictures import newest_frames
+from agents.core.precision import Precision, resolve_precision
 from agents.core.replay import Batch
 from agents.off_policy.critic_methods import (
     CriticMethod,
     MethodConfig,
     critic_saliency,
 )
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,6 @@ class ActorCriticConfig:
             raise UserError(
                 f"hidden is {self.hidden} and pad {self.pad}; give positive widths and at least 0"
             )
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """Resolve `auto`: bf16 on GPUs that have it and on CPUs with AVX512-BF16 or AMX (1.6-2 times faster there)."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:

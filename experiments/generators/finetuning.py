@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
-from agents.core.logging import Logger, Progress
+from agents.core.logging import Progress
 from agents.core.run_loop import Hooks
-from agents.core.seeding import seed_libraries
 from agents.core.settings import from_dict
 from agents.generative_models.chains import STILL
 from agents.generative_models.contact_sheet import contact_sheet, save_picture
 from agents.generative_models.credit import RewardFunction
 from agents.generative_models.drawings import DrawingSettings
-from agents.generative_models.generator import load_generator
+from agents.generative_models.generator import PART, generator_of, load_generator
 from agents.generative_models.monitor import Monitor, MonitorSettings
 from agents.generative_models.pipeline_generator import (
     PipelineGenerator,
@@ -42,6 +39,7 @@ from agents.generative_models.tuning_loop import (
 )
 from experiments.generators.plots import monitor_plot
 from experiments.generators.report import write_report
+from experiments.generators.runs import GeneratorSession
 
 SHOWN = 8
 """Prompts on the sheet of an evaluation."""
@@ -53,27 +51,18 @@ LORA = "lora"
 """Folder of what a pipeline has learned, as diffusers reads it."""
 
 
-class FineTuningSession:
-    """One open run.
+class FineTuningSession(GeneratorSession):
+    """One open run; arguments: see `GeneratorSession`."""
 
-    Args:
-        run: its folder.
-        config: config.json's content.
-        resume: go on from the newest checkpoint.
-    """
+    loop: TuningLoop
 
     def __init__(self, run: Path, config: dict[str, Any], resume: bool) -> None:
-        self.run, self.config = run, config
-        seeds, about = config["seeds"], from_dict(TuningConfig, config["tuning"])
         self.settings = from_dict(TuningSettings, config["loop"])
+        super().__init__(run, config, resume, keep=self.settings.keep_checkpoints)
+        seeds, about = config["seeds"], from_dict(TuningConfig, config["tuning"])
         self.rewards = rewards_of(config)
-        seed_libraries(seeds["agent"])
-        self.checkpoints = CheckpointStore(
-            run, keep=self.settings.keep_checkpoints, identity={"generator": config["command"]}
-        )
-        goes_on = resume and self.checkpoints.latest() is not None
         # A run has all of its base, but of a pipeline: where that is now, or what has become of it, does not matter.
-        base = load_generator(run) if goes_on else load_base(config)
+        base = generator_of(self.parts[PART]) if self.parts else load_base(config)
         with named_memory_errors():
             base = base.to(config["device"])
             base.check_prompts([*config["prompts"], *config["monitored"], *config["held_out"]])
@@ -88,22 +77,16 @@ class FineTuningSession:
         tuner = make_tuner(
             base, self.rewards["proxy"], about, device=config["device"], seed=seeds["exploration"]
         )
-        parts = self.checkpoints.load() if goes_on else None
-        done = parts["progress"]["agent_steps"] if parts else 0
-        self.logger = Logger(run, resume_from=done if resume else None)
         self.loop = TuningLoop(
             tuner,
             PromptStream(config["prompts"], seeds["replay"]),
             self.monitor,
             self.settings,
-            logger=self.logger,
+            logger=self.open_logger(),
             checkpoints=self.checkpoints,
             hooks=Hooks(evaluate=self.evaluate),
         )
-        if parts:
-            self.loop.resume(parts)
-        else:
-            self.loop.begin()
+        self.begin()
 
     @property
     def tuner(self) -> GeneratorTuner:
@@ -115,11 +98,6 @@ class FineTuningSession:
         """Whether the run has all its iterations, or the monitor has ended it."""
         done = self.loop.state.progress.agent_steps
         return done >= self.settings.steps or self.loop.stopped is not None
-
-    def settle(self) -> None:
-        """Set the number of CPU threads, once for the whole run."""
-        self.config["threads"] = self.config["threads"] or torch.get_num_threads()
-        torch.set_num_threads(self.config["threads"])
 
     def estimate(self) -> str:
         """Return what is learned, and what an iteration is; time is known after the first of them."""
@@ -190,25 +168,14 @@ class FineTuningSession:
 
     @contextmanager
     def at_best(self) -> Iterator[tuple[TextToImage, int]]:
-        """Lend the model with its weights at the evaluation of the most gold, and that evaluation's iteration.
-
-        Where parameters are averaged, these are the average.
-        """
+        """Lend the model with its weights at the evaluation of the most gold, and that evaluation's iteration."""
         model, parts = self.tuner.model, self.checkpoints.load("best")
-        networks = parts["agent"]["networks"]
         now = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(networks["model"])
-        if "average" in networks:
-            for place, parameter in enumerate(self.tuner.parameters):
-                parameter.data.copy_(networks["average"][f"module.{place}"])
+        self.tuner.lend_weights(parts["agent"]["networks"])
         try:
             yield model, parts["progress"]["agent_steps"]
         finally:
             model.load_state_dict(now)
-
-    def close(self) -> None:
-        """Close the logger."""
-        self.logger.close()
 
 
 def rewards_of(config: Mapping[str, Any]) -> dict[str, RewardFunction]:

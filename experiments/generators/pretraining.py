@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.core.checkpoints import CheckpointStore
-from agents.core.logging import Logger, Progress
+from agents.core.logging import Progress
 from agents.core.run_loop import Hooks
-from agents.core.seeding import seed_libraries
 from agents.core.settings import from_dict
 from agents.core.step_rules import Posterior
 from agents.generative_models.contact_sheet import contact_sheet, save_picture
@@ -27,29 +25,25 @@ from agents.generative_models.pretraining import (
 )
 from agents.generative_models.scenes import KINDS, scenes
 from agents.generative_models.text import Vocabulary
+from experiments.generators.runs import GeneratorSession
 from experiments.running.estimates import seconds_per_call
 
 SHOWN = 32
 """Pictures on the sheet of an evaluation."""
 
 
-class PretrainingSession:
-    """One open run.
+class PretrainingSession(GeneratorSession):
+    """One open run; arguments: see `GeneratorSession`."""
 
-    Args:
-        run: its folder.
-        config: config.json's content.
-        resume: go on from the newest checkpoint.
-    """
+    loop: PretrainingLoop
 
     def __init__(self, run: Path, config: dict[str, Any], resume: bool) -> None:
-        self.run, self.config = run, config
-        seeds, device = config["seeds"], config["device"]
         self.settings = from_dict(PretrainingSettings, config["loop"])
+        super().__init__(run, config, resume, keep=self.settings.keep_checkpoints)
+        seeds, device = config["seeds"], config["device"]
         self.about = from_dict(DrawingSettings, config["drawings"])
         vocabulary = vocabulary_of(self.about)
         drawings = load_drawings(self.about)
-        seed_libraries(seeds["agent"])
         learner = self._make_learner(vocabulary)
         self.stream = PictureStream(
             drawings, vocabulary.tokens(drawings.prompts), seed=seeds["replay"], device=device
@@ -60,25 +54,15 @@ class PretrainingSession:
             side: [s.prompt for s in self.about.scenes(count, rng, held_out=side == "held_out")]
             for side in ("seen", "held_out")
         }
-        self.checkpoints = CheckpointStore(
-            run, keep=self.settings.keep_checkpoints, identity={"generator": config["command"]}
-        )
-        goes_on = resume and self.checkpoints.latest() is not None
-        parts = self.checkpoints.load() if goes_on else None
-        done = parts["progress"]["agent_steps"] if parts else 0
-        self.logger = Logger(run, resume_from=done if resume else None)
         self.loop = PretrainingLoop(
             learner,
             self.stream,
             self.settings,
-            logger=self.logger,
+            logger=self.open_logger(),
             checkpoints=self.checkpoints,
             hooks=Hooks(evaluate=self.evaluate),
         )
-        if parts:
-            self.loop.resume(parts)
-        else:
-            self.loop.begin()
+        self.begin()
 
     def _make_learner(self, vocabulary: Vocabulary) -> Pretrainer:
         generator = ImageGenerator(from_dict(GeneratorConfig, self.config["generator"]), vocabulary)
@@ -90,17 +74,11 @@ class PretrainingSession:
             steps=self.settings.steps,
         )
 
-    def settle(self) -> None:
-        """Set the number of CPU threads, once for the whole run."""
-        self.config["threads"] = self.config["threads"] or torch.get_num_threads()
-        torch.set_num_threads(self.config["threads"])
-
     def estimate(self) -> str:
         """Return a line on generator and pictures, and one on the time that is left."""
         learner = self.loop.agent
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a twin is built and trained: nothing of the run is touched
+        # A twin is built and trained: nothing of the run is touched.
+        with torch.random.fork_rng(devices=[]):
             twin = self._make_learner(learner.image_generator.vocabulary)
         batch = self.stream.first(learner.config.batch_size)
         update = seconds_per_call(lambda: twin.update(batch), calls=4, warmup=2)
@@ -131,10 +109,6 @@ class PretrainingSession:
         save_picture(self.run / "samples.png", sheet)
         self.logger.images({"samples/held_out": sheet}, progress)
         return values
-
-    def close(self) -> None:
-        """Close the logger."""
-        self.logger.close()
 
 
 def vocabulary_of(settings: DrawingSettings) -> Vocabulary:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
+from agents.core.logging import Logger
 from agents.core.run_loop import RunLoop
+from agents.core.seeding import seed_libraries
 from agents.core.trees import check_schema
 from experiments.running.runs import (
     abandon_run,
@@ -26,21 +30,56 @@ SCHEMA = 1
 """Version of config.json's layout."""
 
 
-class GeneratorSession(Protocol):
-    """A run that is open: what `run_session` drives."""
+class GeneratorSession(ABC):
+    """A run that is open, as `run_session` drives it: every kind makes its own loop and says what it measures.
 
-    @property
-    def loop(self) -> RunLoop:
-        """What trains."""
+    Args:
+        run: its folder.
+        config: config.json's content.
+        resume: go on from the newest checkpoint.
+        keep: checkpoints to keep.
+    """
+
+    loop: RunLoop
+    logger: Logger
+
+    def __init__(self, run: Path, config: dict[str, Any], resume: bool, *, keep: int) -> None:
+        self.run, self.config = run, config
+        seed_libraries(config["seeds"]["agent"])
+        self.checkpoints = CheckpointStore(
+            run, keep=keep, identity={"generator": config["command"]}
+        )
+        saved = resume and self.checkpoints.latest() is not None
+        self.parts = self.checkpoints.load() if saved else None
+        """Of the checkpoint that the run goes on from, until `begin`; None where there is none."""
+        self._resumes = resume
+
+    def open_logger(self) -> Logger:
+        """Open the run's metrics; what was written after the checkpoint is taken back."""
+        done = self.parts["progress"]["agent_steps"] if self.parts else 0
+        self.logger = Logger(self.run, resume_from=done if self._resumes else None)
+        return self.logger
+
+    def begin(self) -> None:
+        """Begin the loop, or bring it to where the run was left."""
+        if self.parts:
+            self.loop.resume(self.parts)
+        else:
+            self.loop.begin()
+        self.parts = None
 
     def settle(self) -> None:
-        """Choose what is chosen once for the whole run, such as threads."""
+        """Set the number of CPU threads, once for the whole run."""
+        self.config["threads"] = self.config["threads"] or torch.get_num_threads()
+        torch.set_num_threads(self.config["threads"])
 
+    @abstractmethod
     def estimate(self) -> str:
         """Return what the rest of the run will take."""
 
     def close(self) -> None:
         """Close files."""
+        self.logger.close()
 
 
 def free_run_dir(name: str, root: Path = Path("runs/generators")) -> Path:

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 import envs
 from agents import make_agent
 from agents.core.agent import Agent, as_observation
+from agents.core.precision import resolve_precision
 from agents.core.replay import Batch, Replay
-from agents.off_policy.actor_critic import resolve_precision
 from agents.registry import find
 from envs.environment import gymnasium_id
 from experiments.measuring.timing import Table, interleave, rates

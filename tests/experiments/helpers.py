@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from agents.registry import find
 from experiments.compare import difference, final_state
@@ -93,3 +96,15 @@ def metrics(run: Path) -> list[tuple[int, str, float]]:
             (int(row["agent_steps"]), row["tag"], float(row["value"]))
             for row in csv.DictReader(handle)
         ]
+
+
+def refused_by(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], words: Iterable[object]
+) -> str:
+    """Run a command that is a user's mistake, and return the one line that says so."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error

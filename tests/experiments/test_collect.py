@@ -19,7 +19,7 @@ from experiments import collect
 from experiments.collect import main
 from experiments.data import datasets
 from experiments.evaluating.rollouts import episode_seeds
-from tests.experiments.helpers import difference, train
+from tests.experiments.helpers import difference, refused_by, train
 
 STEPS = 6
 REACH = ["--env", "toy/reach", "--size", "24", "--episode-length", str(STEPS), "--episodes", "2"]
@@ -51,12 +51,7 @@ def words(*parts: object) -> list[str]:
 
 def refused(capsys: pytest.CaptureFixture[str], *parts: object) -> str:
     """Check that the command refuses its arguments in one line, and return that."""
-    capsys.readouterr()
-    assert main(words(*parts)) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
-    return err
+    return refused_by(main, capsys, words(*parts))
 
 
 def test_minari_reads_what_the_environment_showed(load: Any, root: Path) -> None:

@@ -25,7 +25,7 @@ from agents.off_policy.sac import SAC
 from agents.policy import space_from_json
 from experiments import export, export_formats
 from experiments.export import largest_difference, main, random_observations
-from tests.experiments.helpers import train
+from tests.experiments.helpers import refused_by, train
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "exporting.md"
 
@@ -208,12 +208,7 @@ def test_the_default_name_is_the_checkpoints_and_the_line_tells_the_difference(
 
 def refused(capsys: pytest.CaptureFixture[str], *given: object) -> str:
     """Run the command, which must refuse in one line, and return it."""
-    capsys.readouterr()
-    assert main([str(word) for word in given]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+    return refused_by(main, capsys, given)
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from experiments.data.datasets import Dataset, DatasetWriter, play
 from experiments.evaluate import evaluate_run
 from experiments.reporting.runs import read_run
 from experiments.sessions import imitation as imitation_session
-from tests.experiments.helpers import as_arguments, assert_same_run, metrics
+from tests.experiments.helpers import as_arguments, assert_same_run, metrics, refused_by
 
 pytest.importorskip("minari")
 STEPS = 12
@@ -67,13 +68,7 @@ def make(root: Path, run: Path, **flags: Any) -> Path:
     return run
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: list[str], main: Any = imitate.main) -> str:
-    capsys.readouterr()
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    return error
+refused = partial(refused_by, imitate.main)
 
 
 @pytest.mark.parametrize("observation", ["both", "state", "pixels"])
@@ -161,7 +156,7 @@ def test_every_command_takes_the_run(
     if agent == "bc":
         assert export.main([str(run), "--format", "pt2", "--task-observations", "2"]) == 0
     else:
-        assert "draws its actions from noise" in refused(capsys, [str(run)], export.main)
+        assert "draws its actions from noise" in refused_by(export.main, capsys, [str(run)])
 
 
 def test_several_datasets_are_learned_together_and_the_first_ones_task_is_evaluated(
@@ -404,7 +399,7 @@ def test_training_says_where_demonstrations_are_learned_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--agent", "flow-policy", "--env", "toy/reach", "--run-dir", str(tmp_path / "run")]
-    assert "use python -m experiments.imitate" in refused(capsys, words, train.main)
+    assert "use python -m experiments.imitate" in refused_by(train.main, capsys, words)
 
 
 def test_an_evaluation_may_act_otherwise_than_training(
@@ -430,7 +425,7 @@ def test_an_evaluation_may_act_otherwise_than_training(
     assert any("acted otherwise than in training, left out" in note for note in notes)
 
     def said(text: str) -> str:
-        return refused(capsys, [str(run), "--acting", text], evaluate.main)
+        return refused_by(evaluate.main, capsys, [str(run), "--acting", text])
 
     assert "did you mean start_noise" in said("start_nois=0")
     assert "unknown setting of acting 'width'" in said("width=3")
@@ -439,7 +434,7 @@ def test_an_evaluation_may_act_otherwise_than_training(
     assert "give NAME=VALUE" in said("start_noise")
     other = make(made, tmp_path / "bc", agent="bc")
     words = [str(other), "--acting", "start_noise=0"]
-    assert "has no settings that only say how it acts" in refused(capsys, words, evaluate.main)
+    assert "has no settings that only say how it acts" in refused_by(evaluate.main, capsys, words)
 
 
 def test_inpainting_knows_the_last_chunk_while_an_episode_lasts(made: Path, tmp_path: Path) -> None:
@@ -483,11 +478,11 @@ def test_a_dataset_is_shown_as_films_and_plots(
     assert [moment.success for moment in moments] == [
         max(episode.infos["success"][: i + 1]) > 0 for i in range(STEPS + 1)
     ]
-    assert "exists; use --overwrite" in refused(capsys, words, record.main)
-    assert "give a run folder, or --dataset" in refused(capsys, [], record.main)
-    assert "give a run folder, or --dataset" in refused(capsys, ["run", *words], record.main)
-    assert "unknown dataset 'x-v0'" in refused(
-        capsys, ["--dataset", "x-v0", "--root", str(made)], record.main
+    assert "exists; use --overwrite" in refused_by(record.main, capsys, words)
+    assert "give a run folder, or --dataset" in refused_by(record.main, capsys, [])
+    assert "give a run folder, or --dataset" in refused_by(record.main, capsys, ["run", *words])
+    assert "unknown dataset 'x-v0'" in refused_by(
+        record.main, capsys, ["--dataset", "x-v0", "--root", made]
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from experiments.evaluate import evaluate_run
 from experiments.report import build_report
 from experiments.sessions.bases import begin_from_base, find_base
 from experiments.train import main
-from tests.experiments.helpers import arguments, as_arguments, assert_same_run, resume, train
+from tests.experiments.helpers import (
+    arguments,
+    as_arguments,
+    assert_same_run,
+    refused_by,
+    resume,
+    train,
+)
 
 pytest.importorskip("minari")
 NAMES = sorted(name for name, spec in AGENTS.items() if spec.fine_tunes)
@@ -47,13 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
-    capsys.readouterr()
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    return error
+refused = partial(refused_by, main)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,14 @@ from experiments.sessions.residual import (
 )
 from experiments.sessions.teachers import weights_digest
 from experiments.train import main
-from tests.experiments.helpers import arguments, as_arguments, assert_same_run, metrics, resume
+from tests.experiments.helpers import (
+    arguments,
+    as_arguments,
+    assert_same_run,
+    metrics,
+    refused_by,
+    resume,
+)
 from tests.experiments.helpers import train as train_any
 
 pytest.importorskip("minari")
@@ -88,13 +96,7 @@ def shown(made: Path, *names: str) -> dict[str, Any]:
     return {"dataset": names or ("reach/expert-v0",), "root": made / "data"}
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
-    capsys.readouterr()
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    return error
+refused = partial(refused_by, main)
 
 
 def test_what_the_base_takes_is_shared_by_the_environments_it_acts_in(
