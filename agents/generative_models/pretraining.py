@@ -43,6 +43,12 @@ class PretrainingConfig:
     decay: float = 0.0
     """Share of the run, at its end, over which the learning rate falls to 0 in a straight line (Hägele et al. 2024,
     arXiv:2405.18392: .2 is enough; short runs gain the most); 0 keeps it."""
+    noisy_steps: int = 0
+    """First gradient steps that only see times near the noise (`text_to_image.NEAR_NOISE`), where it is decided what is
+    where. A network that has learned to look for it in clearer pictures first learns it from the prompt no more
+    (experiments/results/generators)."""
+    noisy_share: float = 0.0
+    """Share of the times after these steps that lie there, beside those of the generator's own distribution."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0 for none."""
     average_decay: float = 0.998
@@ -56,11 +62,13 @@ class PretrainingConfig:
             raise UserError(
                 f"batch_size is {self.batch_size} and learning_rate {self.learning_rate}; give positive numbers"
             )
-        for name in ("weight_decay", "warmup", "gradient_clip"):
+        for name in ("weight_decay", "warmup", "noisy_steps", "gradient_clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.decay <= 1:
             raise UserError(f"decay is {self.decay}; give a share of the run in [0, 1]")
+        if not 0 <= self.noisy_share <= 1:
+            raise UserError(f"noisy_share is {self.noisy_share}; give a share in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,7 @@ class Pretrainer(Learner):
         self.average = ParameterAverage(image_generator, decay=config.average_decay)
         device = image_generator.device
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.noisy_share = 1.0 if config.noisy_steps else config.noisy_share
         self.optimizer = torch.optim.AdamW(
             image_generator.parameters(),
             lr=config.learning_rate,
@@ -166,7 +175,9 @@ class Pretrainer(Learner):
         device = batch.images.device.type
         with torch.autocast(device, torch.bfloat16, enabled=config.bf16), self._attention(device):
             condition = learner.text(batch.tokens)
-            loss = learner.loss(learner.from_images(batch.images), condition, self.generator).mean()
+            x0 = learner.from_images(batch.images)
+            losses = learner.loss(x0, condition, self.generator, noisy_share=self.noisy_share)
+            loss = losses.mean()
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(learner.parameters(), config.gradient_clip or float("inf"))
@@ -184,8 +195,9 @@ class Pretrainer(Learner):
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
     def set_progress(self, agent_steps: int) -> None:
-        """Set the learning rate of the step that follows."""
+        """Set the learning rate of the step that follows, and how many of its times are near the noise."""
         config = self.config
+        self.noisy_share = 1.0 if agent_steps < config.noisy_steps else config.noisy_share
         share = min(1.0, (agent_steps + 1) / max(config.warmup, 1))
         if self.steps is not None and config.decay:
             share *= min(1.0, (self.steps - agent_steps) / (config.decay * self.steps))

@@ -21,6 +21,9 @@ from agents.core.noise_paths import Path, Prediction
 from agents.core.sampling import Denoiser, Sampler
 from agents.core.step_rules import StepRule
 
+NEAR_NOISE = 0.8
+"""Time above which noise hides where things are (8 % of logit-normal times lie there)."""
+
 
 class TextToImage(nn.Module, ABC):
     """Text to image, by denoising.
@@ -150,13 +153,16 @@ class TextToImage(nn.Module, ABC):
         x, target = corrupt(self.path, self.kind, x0, noise, t)
         return squared_error(self.denoiser(x, t, condition), target)
 
-    def loss(self, x0: Tensor, condition: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, x0: Tensor, condition: Tensor, generator: torch.Generator, *, noisy_share: float = 0.0
+    ) -> Tensor:
         """Return the denoising loss of every sample, [B], at random times, with some conditions dropped.
 
         Args:
             x0: [B, C, H, W].
             condition: [B, L, F].
             generator: on the device of `x0`.
+            noisy_share: of samples whose times are uniform in [`NEAR_NOISE`, 1] instead.
         """
         options: dict[str, Any] = {"generator": generator, "device": x0.device}
         dropped = torch.rand(len(x0), **options) < self.condition_dropout
@@ -167,6 +173,10 @@ class TextToImage(nn.Module, ABC):
             self.path, len(x0), distribution=self.training_times, first=first, second=1.0,
             shift=self.training_shift, **options
         )  # fmt: skip
+        if noisy_share:
+            near = NEAR_NOISE + (1 - NEAR_NOISE) * torch.rand(len(x0), **options)
+            chosen = torch.rand(len(x0), **options) < noisy_share
+            t = torch.where(chosen, self.path.snap(near), t)
         noise = standard_normal(x0.shape, generator, device=x0.device)
         return self.errors(x0, condition, t, noise)
 

@@ -20,6 +20,7 @@ from agents.generative_models.pretraining import (
     PretrainingSettings,
 )
 from agents.generative_models.text import Vocabulary
+from agents.generative_models.text_to_image import NEAR_NOISE
 
 WORDS = Vocabulary(["red", "blue"], 1)
 TINY = {
@@ -122,6 +123,43 @@ def test_the_learning_rate_falls_to_nothing_at_the_end_of_the_run():
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
+@pytest.mark.parametrize("path", ["flow", "ddpm"])
+def test_the_first_steps_see_times_near_the_noise_alone(path, monkeypatch):
+    pretrainer = learner(path=path, noisy_steps=3, noisy_share=0.25)
+    generator, seen = pretrainer.image_generator, []
+    errors = generator.errors
+
+    def watched(x0, condition, t, noise):
+        seen.append(t / t.new_tensor(generator.path.last))
+        return errors(x0, condition, t, noise)
+
+    monkeypatch.setattr(generator, "errors", watched)
+    train(pretrainer, 3 + 64)
+    first, later = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert first.min() >= NEAR_NOISE - 1e-3
+    assert first.max() <= 1
+    assert first.float().std() == pytest.approx((1 - NEAR_NOISE) / 12**0.5, abs=0.015)
+    # P(logit-normal > .8) is 1 - Phi(log 4).
+    natural = 1 - torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(4.0).log()).item()
+    expected = 0.25 + 0.75 * natural
+    assert (later > NEAR_NOISE).float().mean() == pytest.approx(expected, abs=0.04)
+
+
+def test_without_times_near_the_noise_nothing_more_is_drawn():
+    one, other = learner(), learner(noisy_share=0.5)
+    for pretrainer in (one, other):
+        pretrainer.set_progress(0)
+    data = pictures()
+    batch = PictureStream(data, WORDS.tokens(data.prompts), seed=0, device="cpu").first(32)
+    one.update(batch), other.update(batch)
+    assert not torch.equal(one.generator.get_state(), other.generator.get_state())
+    plain = torch.Generator().manual_seed(0)
+    torch.rand(32, generator=plain)  # prompts that are dropped
+    torch.randn(32, generator=plain)  # times
+    torch.randn(32, 3, 8, 8, generator=plain)  # noise
+    assert torch.equal(plain.get_state(), one.generator.get_state())
+
+
 def test_the_average_is_that_of_its_recursion():
     pretrainer = learner(learning_rate=1e-2)
     expected = pretrainer.image_generator.text.position.detach().clone()
@@ -150,7 +188,15 @@ def test_gradients_are_clipped():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"batch_size": 0}, {"learning_rate": 0.0}, {"warmup": -1}, {"gradient_clip": -1.0}]
+    "settings",
+    [
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"warmup": -1},
+        {"gradient_clip": -1.0},
+        {"noisy_steps": -1},
+        {"noisy_share": 1.5},
+    ],
 )
 def test_bad_settings_are_refused(settings):
     with pytest.raises(UserError, match="give"):
@@ -170,7 +216,7 @@ def run(folder, steps, *, resume=False, hooks=None):
     checkpoints = CheckpointStore(folder)
     parts = checkpoints.load() if resume else None
     loop = PretrainingLoop(
-        learner(),
+        learner(noisy_steps=10, noisy_share=0.3),
         stream,
         settings,
         logger=Logger(folder, resume_from=parts["progress"]["agent_steps"] if parts else None),
