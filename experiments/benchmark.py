@@ -22,28 +22,24 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from agents.baselines import BASELINE
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
-from agents.core.settings import to_dict
 from agents.policy import read_config
 from agents.registry import find
 from envs import get_spec
-from envs.settings import Settings
 from experiments import baseline, train
 from experiments.benchmark_archive import RESULT, Job, archive_run, check_results, collect
 from experiments.compare import difference
 from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS
 from experiments.running.arguments import Parser, run_command, terminate_as_interrupt
+from experiments.running.configs import with_new_fields
 from experiments.running.imports import add_import_flag
 from experiments.running.runs import check_label
-from experiments.running.settings import VectorSettings, loop_settings
 from wrappers.distraction.presets import make_distraction
 
 STOPPED = 130
@@ -209,46 +205,23 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
 
 
 def _check_training(job: Job, flags: Sequence[str]) -> None:
-    """Refuse a run that was trained with other settings than are asked for."""
+    """Refuse a run that was trained with other settings than are asked for.
+
+    Not compared: device and `compile`, which change rounding alone and may change with --resume, and the preset's
+    name, whose values stand in the parts that are.
+    """
     words = [*_method(job), *flags, *job.flags]
     is_baseline = job.agent.startswith(BASELINE)
     command = baseline if is_baseline else train
     parser = baseline.parser() if is_baseline else train.parser(job.agent)
     wanted = json.loads(json.dumps(command.new_config(vars(parser.parse_args(words)))))
     found = with_new_fields(read_config(job.results), wanted)
-    for part in ("agent", "label", "env", "vector", "train", "configs"):
+    for part in ("agent", "label", "env", "vector", "train", "reward", "configs"):
         if (where := difference(found.get(part), wanted.get(part), part)) is not None:
             raise UserError(
                 f"'{job.results}' was trained with other settings than these ({where}); "
                 "give other --runs and --archive, or the flags of that grid"
             )
-
-
-def with_new_fields(config: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's config with the fields that later versions added: a run without them had their defaults.
-
-    Args:
-        config: config.json of the run.
-        wanted: the config that this version would write; it has the fields.
-    """
-    agent = config["agent"].removeprefix(BASELINE)
-    own = {type(own).__name__: to_dict(own) for own in find(agent).configs}
-    defaults = {
-        "env": asdict(Settings(config["env"]["id"])),
-        "vector": asdict(VectorSettings()),
-        "train": asdict(loop_settings(agent)),
-    }
-
-    def complete(found: dict[str, Any], new: dict[str, Any], default: dict[str, Any]) -> Any:
-        return {name: default[name] for name in new if name in default} | found
-
-    parts = {name: complete(config[name], wanted[name], defaults[name]) for name in defaults}
-    configs = {
-        name: complete(config["configs"][name], fields, own[name])
-        for name, fields in wanted["configs"].items()
-        if name in config["configs"]
-    }
-    return {**config, **parts, "configs": configs}
 
 
 _running: dict[subprocess.Popen[bytes], None] = {}

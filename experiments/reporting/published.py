@@ -2,10 +2,11 @@
 
 `published.csv` holds end points of papers with source, protocol and renderer. They are shown, never
 computed with: no mean, interval or aggregate of a report contains one. They are *comparable* with
-the runs on a task only if every run there has the same protocol (action repeat, pictures, networks,
-batch), rendered as the authors did (`quality="reference"`), trained on clean pictures, and, under
-`video_*`, was evaluated before videos of a folder rather than procedural ones. All others are listed
-apart, with what differs.
+the runs on a task only if every run there was trained with the very settings that `--protocol P
+--preset gpu` gives its agent (task, pictures, rendering, networks, loop), from the task's own reward
+and on clean pictures, and was evaluated on the test split, under `video_*` before videos of a folder
+rather than procedural ones. All others are listed apart, with what differs. What a report cannot see,
+whether a folder holds the authors' own videos or overlays, is said in the notes.
 
 Left out: numbers known from secondary texts only, and averages over tasks.
 """
@@ -13,11 +14,13 @@ Left out: numbers known from secondary texts only, and averages over tasks.
 from __future__ import annotations
 
 import csv
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from agents.core.errors import UserError
 from envs import PROTOCOLS
@@ -25,9 +28,35 @@ from experiments.reporting.blocks import Cell, Table, cells, limits, number, slu
 from experiments.reporting.runs import Run
 from experiments.reporting.scores import CLEAN, Group, Summary, in_order
 from experiments.reporting.tables import flag, joined, learned_notes
+from experiments.running.configs import with_new_fields
+from experiments.train import new_config, parser
 
 REDRAWN = "Starting states and color sets are drawn anew from the same distributions."
 PUBLISHED = Path(__file__).with_name("published.csv")
+PROCEDURAL = "procedural"
+"""What an evaluation calls videos of no folder."""
+
+WORDS = {
+    "quality": "rendering",
+    "size": "pixels",
+    "distraction": "training pictures",
+    "batch_size": "batch",
+}
+"""What readers call some settings."""
+
+FREE = {
+    "protocol", "seed", "videos", "overlay_folder", "workers", "timeout", "precision", "channels_last",
+    "steps", "log_every", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "exact_resume",
+}  # fmt: skip
+"""Settings that may differ: they are told or compared otherwise (protocol, steps, folders), or change rounding or no
+more than what is logged and kept."""
+
+ADDED = {
+    "base": "another run's policy to begin with",
+    "teacher": "a teacher",
+    "demonstrations": "demonstrations",
+}
+"""Parts of config.json that no published number's training had."""
 
 
 @dataclass(frozen=True)
@@ -125,32 +154,83 @@ def compare(
 def _differences(runs: Iterable[Run], row: Published) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for run in runs:
-        env, evaluation = run.config["env"], run.evaluation
-        protocol = PROTOCOLS.get(row.protocol)
-        expected = {
-            "protocol": (env.get("protocol"), row.protocol),
-            "rendering": (env.get("quality"), "reference"),
-            "action repeat": (env.get("action_repeat"), row.action_repeat),
-            "pixels": (env.get("size"), protocol.size if protocol else env.get("size")),
-            "training pictures": (env.get("distraction") or CLEAN, CLEAN),
-            # Another preset cuts networks and batch below the protocol's.
-            "preset": (run.config.get("preset"), "gpu"),
-            "batch": (_batch(run), protocol.batch_size if protocol else _batch(run)),
-        }
-        found |= {
-            f"{what} {ours or 'of no paper'}, not {theirs}": None
-            for what, (ours, theirs) in expected.items()
-            if ours != theirs
-        }
-        if row.distraction.startswith("video_") and evaluation:
-            if evaluation.backgrounds == "procedural":
-                found["procedural background videos, not the authors'"] = None
+        found |= dict.fromkeys(_other_training(run, row))
+        evaluation = run.evaluation
+        if evaluation is None:
+            continue
+        if evaluation.split != "test":
+            found[f"an evaluation on the {evaluation.split} split, not test"] = None
+        if row.distraction.startswith("video_") and evaluation.backgrounds == PROCEDURAL:
+            found["procedural background videos, not the authors'"] = None
     return tuple(found)
 
 
-def _batch(run: Run) -> int | None:
-    configs = run.config.get("configs", {}).values()
-    return next((config["batch_size"] for config in configs if "batch_size" in config), None)
+def _other_training(run: Run, row: Published) -> Iterator[str]:
+    """Say in what a run's training departs from its agent's under a published number's protocol."""
+    own = run.config["env"].get("protocol")
+    if own != row.protocol:
+        yield f"protocol {own or 'of no paper'}, not {row.protocol}"
+    if row.protocol not in PROTOCOLS:
+        return
+    try:
+        wanted = _protocol_config(run.config["agent"], row.task, row.protocol)
+    except UserError:
+        yield f"agent {run.config['agent']}, which no protocol is known for"
+        return
+    for part, what in ADDED.items():
+        if part in run.config:
+            yield what
+    found = with_new_fields(run.config, wanted)
+    if found["reward"] != wanted["reward"]:
+        yield f"reward {found['reward']}, not {wanted['reward']}"
+    task = {**wanted["env"], "action_repeat": row.action_repeat}
+    for part, theirs in (("env", task), ("vector", wanted["vector"]), ("train", wanted["train"])):
+        yield from _other_values(found[part], theirs)
+    for name, values in wanted["configs"].items():
+        yield from _other_values(found["configs"].get(name, {}), values)
+
+
+def _other_values(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    for name, theirs in wanted.items():
+        ours = found.get(name)
+        if name not in FREE and ours != theirs:
+            word = WORDS.get(name, name.replace("_", " "))
+            unset = CLEAN if name == "distraction" else "none"
+            texts = (_plain(unset if value is None else value) for value in (ours, theirs))
+            yield f"{word} {', not '.join(texts)}"
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@cache
+def _protocol_config(agent: str, env_id: str, protocol: str) -> dict[str, Any]:
+    """Return the config.json that the training command writes for an agent under a protocol.
+
+    Raises:
+        UserError: there is no such agent, or it cannot be trained by these words alone.
+    """
+    words = ["--agent", agent, "--env", env_id, "--protocol", protocol, "--preset", "gpu"]
+    words += ["--device", "cpu", "--seed", "0"]
+    return json.loads(json.dumps(new_config(vars(parser(agent).parse_args(words)))))
+
+
+def _media_notes(runs: Iterable[Run], comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """Say what of the runs' videos and overlays no file tells: whether they are the authors' own."""
+    notes: dict[str, None] = {}
+    for run in runs:
+        videos = run.evaluation.backgrounds if run.evaluation else PROCEDURAL
+        if videos != PROCEDURAL and any(c.row.distraction[:6] == "video_" for c in comparisons):
+            notes[
+                f"Our background videos are those of '{videos}': whether they are the authors' is not known."
+            ] = None
+        for values in run.config.get("configs", {}).values():
+            if values.get("strong_augmentation") == "overlay":
+                folder = values.get("overlay_folder")
+                laid = f"the images of '{folder}'" if folder else "procedural textures"
+                notes[f"{run.agent} lays {laid} over its pictures, the authors Places365."] = None
+    return tuple(notes)
 
 
 def beside(comparisons: Sequence[Comparison], group: Group, distraction: str) -> list[Comparison]:
@@ -173,6 +253,8 @@ def published_tables(
 ) -> list[Table]:
     """Return the comparable published numbers under our own, then the others with what differs."""
     learned = learned_notes(summary.of(env_id))
+    runs = [run for group in summary.of(env_id) for run in group.runs]
+    media = _media_notes(runs, comparisons)
     comparable = [c for c in comparisons if c.comparable]
     others = [c for c in comparisons if not c.comparable]
     tables = []
@@ -183,14 +265,14 @@ def published_tables(
         )
         table = _table(f"published-{slug(env_id)}", caption, comparable)
         rows = [*_own_rows(summary, env_id, table.head[1:-3]), *table.rows]
-        tables.append(replace(table, rows=rows, notes=(*table.notes, REDRAWN, *learned)))
+        tables.append(replace(table, rows=rows, notes=(*table.notes, REDRAWN, *media, *learned)))
     if others:
         caption = (
             f"Published on {env_id}, other protocol, renderer or budget: not comparable with the "
             "numbers of this report."
         )
         table = _table(f"published-other-{slug(env_id)}", caption, others)
-        tables.append(replace(table, notes=(*table.notes, *learned)))
+        tables.append(replace(table, notes=(*table.notes, *media, *learned)))
     return tables
 
 
@@ -213,35 +295,45 @@ def _own_rows(summary: Summary, env_id: str, names: Sequence[str]) -> list[list[
 def _table(name: str, caption: str, comparisons: Sequence[Comparison]) -> Table:
     """Return published numbers, a row per method and source; where they are from is in the notes."""
     names = in_order({c.row.distraction for c in comparisons})
-    origins = list(dict.fromkeys(map(_origin, comparisons)))
+    sources: dict[str, list[Comparison]] = {}
     rows: dict[tuple[str, str, int, str], dict[str, Published]] = {}
     for comparison in comparisons:
-        row = comparison.row
-        key = (row.agent, row.seeds, row.agent_steps, _origin(comparison))
+        row, source = comparison.row, _source(comparison.row)
+        sources.setdefault(source, []).append(comparison)
+        key = (row.agent, row.seeds, row.agent_steps, source)
         rows.setdefault(key, {})[row.distraction] = row
+    places = {source: place for place, source in enumerate(sources, 1)}
     body = []
-    for (agent, seeds, steps, origin), found in rows.items():
+    for (agent, seeds, steps, source), found in rows.items():
         scores = [_score(found.get(name)) for name in names]
-        cost = [seeds or "not said", f"{steps:,}", f"published, {origins.index(origin) + 1}"]
+        cost = [seeds or "not said", f"{steps:,}", f"published, {places[source]}"]
         body.append(cells([agent, *scores, *cost]))
     head = ["agent", *names, "seeds", "agent steps", "source"]
-    notes = tuple(f"{place}: {origin}." for place, origin in enumerate(origins, 1))
+    notes = tuple(
+        f"{places[source]}: {'; '.join([source, *_remarks(found)])}."
+        for source, found in sources.items()
+    )
     return Table(name, caption, head, body, notes)
 
 
-def _origin(comparison: Comparison) -> str:
-    """Return where a number is from, how it was made, and what our runs have instead."""
-    row = comparison.row
-    parts = [
-        row.source,
-        f"protocol {row.protocol}, action repeat {row.action_repeat}",
-        f"renderer: {row.renderer}",
-        *([row.remark] if row.remark else []),
-    ]
-    ours = list(comparison.differences)
-    if comparison.budget:
-        ours.append(f"{comparison.budget} agent steps")
-    return "; ".join([*parts, *([f"our runs have {', '.join(ours)}"] if ours else [])])
+def _source(row: Published) -> str:
+    """Return where a number is from and how it was made."""
+    how = f"protocol {row.protocol}, action repeat {row.action_repeat}"
+    return f"{row.source}; {how}; renderer: {row.renderer}"
+
+
+def _remarks(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """Yield what is said of one source's numbers, and what our runs have instead; where not of all, of which."""
+    said: dict[str, list[str]] = {}
+    for comparison in comparisons:
+        row, ours = comparison.row, list(comparison.differences)
+        if comparison.budget:
+            ours.append(f"{comparison.budget} agent steps")
+        texts = [row.remark, f"our runs have {', '.join(ours)}" if ours else ""]
+        for text in filter(None, texts):
+            said.setdefault(text, []).append(f"{row.agent} under {row.distraction}")
+    for text, where in said.items():
+        yield text if len(where) == len(comparisons) else f"{text} ({', '.join(where)})"
 
 
 def _score(row: Published | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,19 @@ from experiments.reporting.published import (
 )
 from experiments.reporting.runs import read_run
 from experiments.reporting.scores import Summary, summarize
+from experiments.train import new_config, parser
 from tests.experiments.run_folders import MakeRun, text_of, write_evaluation
 
 WALKER = "dmc/walker-walk"
-REFERENCE = {
-    "id": WALKER,
-    "size": 84,
-    "action_repeat": 4,
-    "quality": "reference",
-    "protocol": "dmc-gb",
-}
-
-
 COMPARABLE = "same protocol, rendering and budget: mean"
+WORDS = ["--agent", "svea", "--env", WALKER, "--protocol", "dmc-gb", "--preset", "gpu"]
+
+
+@cache
+def protocol_config() -> str:
+    """Return what the training command writes for SVEA under DMC-GB's protocol."""
+    words = [*WORDS, "--device", "cpu", "--seed", "1"]
+    return json.dumps(new_config(vars(parser("svea").parse_args(words))))
 
 
 def reference_run(
@@ -42,17 +43,23 @@ def reference_run(
     *,
     steps: int = 500_000,
     videos: str = "/my/videos",
-    preset: str = "gpu",
-    batch: int = 128,
-    **env: Any,
+    split: str = "test",
+    reward: str = "task",
+    **changed: Any,
 ) -> Path:
-    """Write a run of SVEA under DMC-GB's protocol, or one that departs from it."""
-    run = make_run("svea", **REFERENCE | env)
-    config = json.loads((run / "config.json").read_text())
-    config |= {"preset": preset, "configs": {"SACConfig": {"batch_size": batch}}}
+    """Write a run of SVEA under DMC-GB's protocol, or one that departs from it in named fields."""
+    run = make_run("svea", id=WALKER)
+    config = json.loads(protocol_config()) | {"reward": reward}
+    for part in (
+        config,
+        *(config[n] for n in ("env", "vector", "train")),
+        *config["configs"].values(),
+    ):
+        part |= {name: changed.pop(name) for name in list(changed) if name in part}
+    config |= changed
     (run / "config.json").write_text(json.dumps(config))
     results = {name: {"returns": [600.0, 700.0]} for name in ("clean", "color_hard", "video_hard")}
-    write_evaluation(run, "1", results, agent_steps=steps, videos=videos)
+    write_evaluation(run, "1", results, agent_steps=steps, videos=videos, split=split)
     return run
 
 
@@ -156,8 +163,23 @@ def test_same_protocol_rendering_and_budget_is_comparable(make_run: MakeRun) -> 
         ({"action_repeat": 2}, "action repeat 2, not 4"),
         ({"size": 48}, "pixels 48, not 84"),
         ({"distraction": "color_hard"}, "training pictures color_hard, not clean"),
-        ({"preset": "cpu"}, "preset cpu, not gpu"),
-        ({"batch": 64}, "batch 64, not 128"),
+        ({"batch_size": 64}, "batch 64, not 128"),
+        ({"hidden": [8, 8]}, "hidden 8 8, not 1024 1024"),
+        ({"encoder": "small"}, "encoder small, not dmc-gb"),
+        ({"discount": 0.5}, "discount 0.5, not 0.99"),
+        ({"n_step": 7}, "n step 7, not 1"),
+        ({"svea_alpha": 0.9}, "svea alpha 0.9, not 0.5"),
+        ({"updates_per_step": 0.01}, "updates per step 0.01, not 1.0"),
+        ({"random_steps": 5}, "random steps 5, not 1000"),
+        ({"num_envs": 4}, "num envs 4, not 1"),
+        ({"frame_stack": 1}, "frame stack 1, not 3"),
+        ({"reward": "success"}, "reward success, not task"),
+        ({"split": "train"}, "an evaluation on the train split, not test"),
+        ({"teacher": {"path": "x"}}, "a teacher"),
+        (
+            {"agent": "of-another-package"},
+            "agent of-another-package, which no protocol is known for",
+        ),
     ],
 )
 def test_any_departure_sets_published_numbers_apart(
@@ -183,10 +205,52 @@ def test_any_departure_sets_published_numbers_apart(
     assert "Open markers" not in shown
 
 
+def test_whose_videos_and_overlays_were_shown_is_always_said(make_run: MakeRun) -> None:
+    run = reference_run(make_run, videos="/my/videos")
+    summary = summary_of(run)
+    for table in published_tables(summary, WALKER, compare(summary, WALKER)):
+        said = " ".join(table.notes)
+        assert "background videos are those of '/my/videos': whether they are the authors'" in said
+        assert "svea lays procedural textures over its pictures, the authors Places365" in said
+    config = json.loads((run / "config.json").read_text())
+    config["configs"]["SVEAConfig"]["overlay_folder"] = "/my/places"
+    (run / "config.json").write_text(json.dumps(config))
+    summary = summary_of(run)
+    found = compare(summary, WALKER)
+    assert any(c.comparable for c in found)
+    assert "lays the images of '/my/places'" in " ".join(
+        published_tables(summary, WALKER, found)[0].notes
+    )
+
+
+def test_an_older_run_had_the_defaults_of_what_was_added_since(make_run: MakeRun) -> None:
+    run = reference_run(make_run)
+    config = json.loads((run / "config.json").read_text())
+    del (
+        config["reward"],
+        config["env"]["end_at_success"],
+        config["configs"]["SACConfig"]["reward_scale"],
+    )
+    (run / "config.json").write_text(json.dumps(config))
+    assert any(c.comparable for c in compare(summary_of(run), WALKER))
+
+
+def test_a_remark_on_one_number_leaves_its_method_in_one_row(make_run: MakeRun) -> None:
+    summary = summary_of(reference_run(make_run))
+    first = next(c.row for c in compare(summary, WALKER) if c.comparable and c.row.agent == "SGQN")
+    rows = [
+        dataclasses.replace(first, distraction="video_hard", remark=""),
+        dataclasses.replace(first, distraction="color_hard", remark="read off a plot"),
+    ]
+    table = published_tables(summary, WALKER, compare(summary, WALKER, rows))[0]
+    assert [row[0].text for row in table.rows] == ["svea", "SGQN"]
+    assert "read off a plot (SGQN under color_hard)" in table.notes[0]
+
+
 def test_one_run_of_another_renderer_is_enough_to_set_them_apart(
     make_run: MakeRun,
 ) -> None:
-    other = make_run("sgqn", clean=[1.0, 2.0], **REFERENCE | {"quality": "fast"})
+    other = make_run("sgqn", clean=[1.0, 2.0], id=WALKER, protocol="dmc-gb")
     summary = summary_of(reference_run(make_run), other)
     assert not any(c.comparable for c in compare(summary, WALKER))
 
