@@ -291,16 +291,21 @@ class RunLoop(ABC):
         }
 
     def _check_finite(self) -> None:
-        """Refuse to save an agent that has diverged."""
-        steps = self.state.progress.agent_steps
-        for name, values in self._stacked_metrics().items():
-            if not (finite := torch.isfinite(values)).all():
-                bad = values[~finite][0]
-                raise DivergedError(f"{name} is {bad} at {self.unit} {steps}")
+        """Refuse an agent that has diverged, and name the first metric since the last line that shows it."""
+        stacked = self._stacked_metrics().items()
+        if bad := [name for name, values in stacked if not torch.isfinite(values).all()]:
+            name, value = next(
+                (name, float(metrics[name]))
+                for metrics in self.metrics
+                for name in metrics
+                if name in bad and not torch.isfinite(metrics[name])
+            )
+            steps = self.state.progress.agent_steps
+            raise DivergedError(f"{name} is {value} at {self.unit} {steps}", self.remedy)
         for name, network in self.agent.networks().items():
             for key, tensor in network.state_dict().items():
                 if not torch.isfinite(tensor).all():
-                    raise DivergedError(f"{name}.{key} is not finite")
+                    raise DivergedError(f"{name}.{key} is not finite", self.remedy)
 
     def _log(self, bar: tqdm) -> None:
         progress = self.state.progress

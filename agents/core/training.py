@@ -230,8 +230,11 @@ class TrainingLoop(RunLoop):
         clock = time.perf_counter()
         choice = self.choose()
         if not np.isfinite(choice.action).all():
+            self._check_finite()  # the loss or weight that spoiled it, where one did
+            name, size = self._largest_weight()
             raise DivergedError(
-                f"the agent's action is not finite at agent step {progress.agent_steps}",
+                f"the agent's action is not finite at agent step {progress.agent_steps}, with weights up to {size:.0e} "
+                f"in {name}",
                 self.remedy,
             )
         self._seconds["act"] += time.perf_counter() - clock
@@ -271,6 +274,18 @@ class TrainingLoop(RunLoop):
         clock = time.perf_counter()
         self.learn_afterwards()
         self._seconds["update"] += time.perf_counter() - clock
+
+    def _largest_weight(self) -> tuple[str, float]:
+        """Return the name and the size of the agent's largest weight: an overflow begins there."""
+        return max(
+            (
+                (f"{name}.{key}", float(tensor.abs().max()))
+                for name, network in self.agent.networks().items()
+                for key, tensor in network.state_dict().items()
+                if tensor.numel()
+            ),
+            key=lambda found: found[1],
+        )
 
     def _left_out(self, info: Mapping[str, Any]) -> int:
         """Return the control steps that ends of episodes kept from being taken, where the environments say so."""

@@ -92,7 +92,7 @@ def run_episodes(
     while quota.any():
         if recording:
             result.frames.append(np.asarray(envs.render(0)))
-            if step % 25 == 0 and len(result.observations) < 8:
+            if len(result.frames) % 25 == 1 and len(result.observations) < 8:
                 result.observations.append(observation)
         action = act(observation)
         looks.score(observation, action)
@@ -100,9 +100,14 @@ def run_episodes(
         observation, reward, _, _, info = envs.step(action)
         _check_finite({"reward": reward, **_parts(observation)}, step)
         ended = info.get("_episode", np.zeros(n, bool))
-        begin(ended | info.get("dropped", False))
+        lost = np.broadcast_to(info.get("dropped", False), n)  # with a worker: they begin anew
+        begin(ended | lost)
+        if recording and lost[0]:
+            result.frames.clear()
+            result.observations.clear()
+        looks.forget(np.flatnonzero(lost))
         if "episode" not in info:
-            succeeded = np.maximum(succeeded, info.get("success", 0.0))
+            succeeded = np.where(lost, 0.0, np.maximum(succeeded, info.get("success", 0.0)))
             continue
         final = info["final_info"]
         now = np.where(ended, final.get("success", 0.0), info.get("success", 0.0))
@@ -119,7 +124,7 @@ def run_episodes(
             for name, score in looks.means(int(i)).items():
                 result.looks.setdefault(name, []).append(score)
             progress(len(result.returns))
-        succeeded[ended] = 0.0
+        succeeded[ended | lost] = 0.0
         looks.forget(np.flatnonzero(ended))
     return result
 

@@ -169,10 +169,12 @@ def generalization(
             scores = [group.scores[names[i]] for i in places]
             shift = 0.12 * (index - (len(groups) - 1) / 2)
             means = np.array([score.mean for score in scores])
+            # The mean of equal numbers may miss them by rounding, and so lie outside of their interval.
+            spread = [means - [s.low for s in scores], [s.high for s in scores] - means]
             axes.errorbar(
                 np.array(places) + shift,
                 means,
-                yerr=[means - [s.low for s in scores], [s.high for s in scores] - means],
+                yerr=np.maximum(spread, 0),
                 fmt=marker,
                 color=color,
                 markeredgecolor="black",
@@ -280,9 +282,13 @@ def legend(figure: Figure, panels: Iterable[Axes]) -> None:
 
 
 def style(summary: Summary, agent: str) -> Style:
-    """Return an agent's look, the same in every figure of a report."""
+    """Return an agent's look, the same in every figure of a report.
+
+    When the colors begin again, lines and markers go on by one and by two: no pair of them comes twice in 49 agents.
+    """
     index = sorted({group.agent for group in summary.groups}).index(agent)
-    return COLORS[index % 7], LINES[index % 7], MARKERS[index % 7]
+    turn, place = divmod(index, 7)
+    return COLORS[place], LINES[(place + turn) % 7], MARKERS[(place + 2 * turn) % 7]
 
 
 def _label(group: Group, seeds: int) -> str:

@@ -1,4 +1,4 @@
-"""On-policy runs that break stop with one line that says what broke, and exit code 1."""
+"""Runs that break stop with one line that says what broke, and exit code 1."""
 
 from __future__ import annotations
 
@@ -81,3 +81,31 @@ def test_a_log_ratio_that_is_not_finite_stops_the_run_by_name(
     assert re.search(r"in gradient step [1234] of 4 of an update", line), line
     assert "training stops before its first checkpoint (lower the learning rate" in line
     assert list((tmp_path / "run" / "checkpoints").glob("step-*")) == [], "none was written"
+
+
+@pytest.mark.parametrize(
+    ("agent", "observation", "said"),
+    [
+        ("sac", "state", r"loss/critic is (nan|inf) at agent step \d+;"),
+        ("drqv2", "pixels", r"(loss|value)/\S+ is (nan|inf) at agent step \d+;"),
+        # Its actor sees through the critic's encoder, which one step has made too large: no loss was computed since.
+        ("sac", "pixels", r"the agent's action is not finite at agent step \d+, with weights up to 1e\+30 in critic\."),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_not_finite_is_blamed_before_the_action_that_it_spoiled(
+    agent: str,
+    observation: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Session, "estimate", lambda self: "no estimate")
+    words = arguments(
+        agent, "toy/reach", tmp_path / "run", steps=200, threads=1, critic_learning_rate=1e30,
+        log_every=1000, observation=observation,
+    )  # fmt: skip
+    assert main(words) == 1
+    line = last_line(capsys)
+    assert re.match(f"error: {said}", line), line
+    assert line.endswith("(lower a learning rate, or use --precision fp32)")

@@ -82,6 +82,26 @@ def test_agents_differ_in_more_than_color(summary: Summary, figures: list[Figure
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines) == 2
 
 
+def test_fifteen_agents_differ_in_line_and_marker(make_run: MakeRun) -> None:
+    runs = [make_run(f"agent-{index:02}", metrics=False) for index in range(15)]
+    found = summarize([read_run(run) for run in runs])
+    looks = [plots.style(found, f"agent-{index:02}") for index in range(15)]
+    assert len({(line, marker) for _, line, marker in looks}) == 15
+    assert len({look[0] for look in looks[:7]}) == len(plots.COLORS)
+
+
+def test_equal_returns_whose_mean_is_rounded_are_drawn(
+    summary: Summary, figures: list[Figure], make_run: MakeRun
+) -> None:
+    """The mean of ten times 0.1 lies 1e-17 beside its interval."""
+    found = summarize([read_run(make_run("tenths", clean=[0.1] * 10))])
+    [group] = found.groups
+    low = group.scores["clean"].low
+    assert group.scores["clean"].mean != low, "rounding shows: without, this test shows nothing"
+    plots.generalization(found, ENV)
+    assert figures
+
+
 def test_seeds_without_a_common_range_of_minutes_are_named_not_dropped(
     make_run: MakeRun, figures: list[Figure]
 ) -> None:
