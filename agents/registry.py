@@ -214,6 +214,7 @@ AGENTS: dict[str, AgentSpec] = {
         on_policy=True,
         acting=("denoising_steps", "clip_x0"),
         fine_tunes=True,
+        unused=("rule", "noise_level", "min_std", "start_noise", *_INPAINTING),  # its chain has no noise
     ),
     "reinflow": AgentSpec(
         ReinFlow,

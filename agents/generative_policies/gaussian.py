@@ -1,7 +1,8 @@
 """A Gaussian over chunks of actions: the usual behavior cloning, which cannot keep two ways of doing a thing apart.
 
-The spread has a smooth floor, as the variances of PETS have (Chua et al. 2018, https://arxiv.org/abs/1805.12114,
-appendix A): at a clamp's floor the gradient is 0, and a spread that once was there would never grow again.
+The spread has a smooth floor (`above_floor`), as the variances of PETS have (Chua et al. 2018,
+https://arxiv.org/abs/1805.12114, appendix A): at a clamp's floor the gradient is 0, and a spread that once was there
+would never grow again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from agents.core.agent import Observation
 from agents.core.chain_steps import Generators, standard_normal
@@ -45,6 +45,27 @@ class GaussianConfig(ConditionConfig):
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
         if not 0 < self.smallest_std < math.inf:
             raise UserError(f"smallest_std is {self.smallest_std}; give a positive number")
+
+
+def above_floor(free: Tensor, floor: float) -> Tensor:
+    """Return spreads above a floor, of free parameters: floor + exp(free).
+
+    It is PETS' softplus of logarithms, exp(log(floor) + softplus(free - log(floor))), written out.
+    """
+    return floor + free.exp()
+
+
+def free_of(std: float, floor: float) -> float:
+    """Return the parameter of which `above_floor` makes a spread.
+
+    Raises:
+        ValueError: the spread is not above the floor.
+    """
+    if not std > floor:
+        raise ValueError(
+            f"no parameter gives a spread of {std}: it is not above its floor, {floor}"
+        )
+    return math.log(std - floor)
 
 
 class GaussianPolicy(nn.Module):
@@ -81,8 +102,7 @@ class GaussianPolicy(nn.Module):
     def forward(self, observation: Observation) -> tuple[Tensor, Tensor]:
         """Return the mean [B, H, A] and the spread [H, A]."""
         mean = self.mean(self.condition(observation)).unflatten(1, self.shape)
-        lowest = math.log(self.config.smallest_std)
-        return mean, (lowest + F.softplus(self.log_std - lowest)).exp()
+        return mean, above_floor(self.log_std, self.config.smallest_std)
 
     def loss(
         self,

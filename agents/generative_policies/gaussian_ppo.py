@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from agents.core.agent import Observation
 from agents.core.chain_steps import Limits, reduce_log_prob, standard_normal
+from agents.core.errors import UserError
 from agents.core.fields import Field
 from agents.core.packed_convolutions import packed
 from agents.core.policy_gradient import ppo_clip
@@ -28,6 +29,7 @@ from agents.core.sampling import Sampler
 from agents.core.step_rules import Posterior
 from agents.generative_policies.fine_tuning import FineTuner, PolicyLoss
 from agents.generative_policies.fine_tuning_config import FineTuningConfig
+from agents.generative_policies.gaussian import above_floor, free_of
 from agents.on_policy.config import Ranges, not_negative, positive
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -38,9 +40,9 @@ class GaussianPPOConfig(FineTuningConfig):
     """PPO on a Gaussian; defaults are those that it shares with DPPO."""
 
     exploration_std: float = 0.1
-    """Spread that every number of a chunk begins with (DPPO's Gaussian baselines: .1)."""
+    """Spread that every number of a chunk begins with, above its floor (DPPO's Gaussian baselines: .1)."""
     smallest_std: float = 0.01
-    """Floor of the spread (DPPO's Gaussian baselines: .01)."""
+    """Floor of the spread (DPPO's Gaussian baselines: .01, a clamp; here a smooth one)."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy per number of a chunk (DPPO 0)."""
 
@@ -49,6 +51,15 @@ class GaussianPPOConfig(FineTuningConfig):
         ("entropy_coefficient", not_negative, "0 or more"),
     )
 
+    def __post_init__(self) -> None:
+        """Reject values that the agent cannot run with."""
+        super().__post_init__()
+        if not self.smallest_std < self.exploration_std < math.inf:
+            raise UserError(
+                f"the spread begins at exploration_std {self.exploration_std}, and its floor is smallest_std "
+                f"{self.smallest_std}; give two increasing numbers"
+            )
+
 
 class Spread(nn.Module):
     """A learned spread for every number of a chunk.
@@ -56,17 +67,17 @@ class Spread(nn.Module):
     Args:
         shape: H and A.
         start: what it begins with.
-        floor: of what is returned.
+        floor: of what is returned, smooth and below the start: see `gaussian.above_floor`.
     """
 
     def __init__(self, shape: tuple[int, int], start: float, floor: float) -> None:
         super().__init__()
-        self.log_std = nn.Parameter(torch.full(shape, math.log(start)))
+        self.log_std = nn.Parameter(torch.full(shape, free_of(start, floor)))
         self.floor = floor
 
     def forward(self) -> Tensor:
         """Return spreads [H, A]."""
-        return self.log_std.exp().clamp(min=self.floor)
+        return above_floor(self.log_std, self.floor)
 
 
 class GaussianPPO(FineTuner):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal
 
 from agents.core.errors import UserError
 from agents.core.policy_gradient import ppo_clip
+from agents.generative_policies.gaussian import free_of
+from agents.generative_policies.gaussian_ppo import Spread
 from tests.agents.fine_tuning import make, move, remembered
 
 
@@ -72,6 +76,31 @@ def test_correlated_noise_ends_in_the_actions_coordinates() -> None:
     ):  # a linear change of coordinates leaves Euler's steps what they are
         x = x - agent.policy.denoiser(x, torch.full((5,), t), condition) / 4
     torch.testing.assert_close(agent.mean(seen), x, atol=1e-5, rtol=1e-4)
+
+
+def test_the_spread_begins_as_told_and_grows_back_from_its_floor() -> None:
+    """A clamp has no gradient at its floor; Adam brings a smooth one's back to the spread of what is likely, 0.5."""
+    spread = Spread((3, 2), 0.1, 0.04)
+    torch.testing.assert_close(spread(), torch.full((3, 2), 0.1), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        spread.log_std.fill_(-9.0)
+    assert spread().max().item() == pytest.approx(0.04, rel=0.01)
+    chunks = 0.5 * torch.randn(2000, 3, 2, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(spread.parameters(), lr=0.3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (-Normal(0, spread()).log_prob(chunks).mean()).backward()
+        optimizer.step()
+    torch.testing.assert_close(spread(), chunks.std(0), rtol=0.05, atol=0)
+
+
+def test_a_spread_that_begins_at_its_floor_is_refused() -> None:
+    with pytest.raises(UserError, match=r"exploration_std 0.05.*smallest_std 0.05; give two incr"):
+        make("gaussian-ppo", exploration_std=0.05, smallest_std=0.05)
+    with pytest.raises(UserError, match="exploration_std inf"):
+        make("gaussian-ppo", exploration_std=math.inf)
+    with pytest.raises(ValueError, match="not above its floor"):
+        free_of(0.05, 0.05)
 
 
 @pytest.mark.parametrize("name", ["exploration_std", "smallest_std"])
