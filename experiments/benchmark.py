@@ -18,10 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -32,7 +34,14 @@ from agents.policy import read_config
 from agents.registry import find
 from envs import get_spec
 from experiments import baseline, train
-from experiments.benchmark_archive import RESULT, Job, archive_run, check_results, collect
+from experiments.benchmark_archive import (
+    RESULT,
+    ZERO_NOISE,
+    Job,
+    archive_run,
+    check_results,
+    collect,
+)
 from experiments.compare import difference
 from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS
@@ -149,9 +158,9 @@ def grid(arguments: argparse.Namespace, base: Job | None = None) -> list[Job]:
         values = getattr(arguments, name)
         if len(set(values)) < len(values):
             raise UserError(f"--{name} names one of {values} twice; once is enough")
-    jobs = [] if base is None else [base]
     if base is not None and base.label in methods:
         raise UserError(f"the base is called '{base.label}', as a method; give this another name")
+    jobs: list[Job] = []
     begin = () if base is None else ("--base", str(base.folder))
     for seed, env, (label, (agent, flags)) in product(
         arguments.seeds, arguments.envs, methods.items()
@@ -159,7 +168,31 @@ def grid(arguments: argparse.Namespace, base: Job | None = None) -> list[Job]:
         place = Path(env.replace("/", "-")) / f"{label}-seed{seed}"
         kept = arguments.archive / place if arguments.archive else None
         jobs.append(Job(label, agent, env, seed, arguments.runs / place, kept, (*begin, *flags)))
-    return jobs
+    if base is None:
+        return jobs
+    compared = any(acts_from_zero_noise(job, arguments.train_flags) for job in jobs)
+    return [replace(base, zero_noise=compared and draws_from_noise(base)), *jobs]
+
+
+def acts_from_zero_noise(job: Job, flags: Sequence[str]) -> bool:
+    """Return whether an agent that fine-tunes starts its chains from zeros when it is evaluated.
+
+    Args:
+        job: its run.
+        flags: of all trainings; the job has its own.
+    """
+    if job.agent.startswith(BASELINE) or not find(job.agent).fine_tunes:
+        return False
+    given = vars(train.parser(job.agent).parse_args([*_method(job), *flags, *job.flags]))
+    return given.get("start_noise", find(job.agent).configs[1].start_noise) == 0
+
+
+def draws_from_noise(base: Job) -> bool:
+    """Return whether a base draws from noise, and may as well begin with zeros."""
+    if base.agent.startswith(BASELINE) or "start_noise" not in find(base.agent).acting:
+        return False
+    parts = read_config(base.folder)["configs"].values()
+    return all(part.get("start_noise", 1.0) != 0 for part in parts)
 
 
 def run_grid(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[Path]:
@@ -234,30 +267,43 @@ def run_job(
     """Train (or go on), evaluate and archive one run; return the exit code of what failed, or 0.
 
     Args:
-        job: the run; nothing is done where the archive has it.
+        job: the run; nothing is done where the archive has it, but for an evaluation that an older grid did not need.
         flags: for a new run's training.
         threads: for every training.
         evaluation: flags for the evaluation.
     """
-    if job.results == job.archive:
-        return 0
-    python = [sys.executable, "-m"]
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
     log = job.folder.parent / f"{job.folder.name}.log"
+    if job.archive and job.results == job.archive:
+        kept = job.archive / "evaluations" / f"{ZERO_NOISE}.json"
+        if not job.zero_noise or kept.is_file():
+            return 0
+        if code := _evaluated(job, ZERO_NOISE, evaluation, log):
+            return code
+        shutil.copyfile(job.folder / "evaluations" / kept.name, kept)
+        return 0
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
     command = _training(job, flags, threads)
     if command and (code := _logged(command, log)):
         return code
     if steps_left(job.folder):
         return STOPPED
     print(f"{job.label} on {job.env}, seed {job.seed}: trained", flush=True)
-    evaluate = [
-        *python, "experiments.evaluate", str(job.folder), "--name", RESULT, "--overwrite",
-        *evaluation,
-    ]  # fmt: skip
-    code = _logged(evaluate, log)
-    if code == 0 and job.archive:
+    for name in job.evaluations:
+        if code := _evaluated(job, name, evaluation, log):
+            return code
+    if job.archive:
         archive_run(job.folder, job.archive)
-    return code
+    return 0
+
+
+def _evaluated(job: Job, name: str, flags: Sequence[str], log: Path) -> int:
+    """Evaluate a run; return the exit code."""
+    acting = ["--acting", "start_noise=0"] if name == ZERO_NOISE else []
+    command = [
+        sys.executable, "-m", "experiments.evaluate", str(job.folder), "--name", name, "--overwrite",
+        *flags, *acting,
+    ]  # fmt: skip
+    return _logged(command, log)
 
 
 def _training(job: Job, flags: Sequence[str], threads: Sequence[str]) -> list[str]:

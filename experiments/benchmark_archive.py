@@ -27,6 +27,8 @@ COLUMNS = (
 
 RESULT = "benchmark"
 """Name of the evaluation that counts."""
+ZERO_NOISE = f"{RESULT}-zero-noise"
+"""Name of the base's evaluation from zero noise, where agents are evaluated so."""
 
 ARCHIVED = ("config.json", "system.json", "command.txt")
 ARCHIVED_TAGS = ("eval/", "train/episode_return", "time/fps")
@@ -49,11 +51,20 @@ class Job:
     """What a variant sets."""
     is_base: bool = False
     """It is the base of the others, and trained already."""
+    zero_noise: bool = False
+    """It is evaluated from zero noise, too: what agents that act so are held against."""
 
     @property
     def results(self) -> Path:
         """The folder that holds its evaluation: the archive, once it is there."""
         return self.archive if self.archive and self.archive.is_dir() else self.folder
+
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """What it is evaluated as: names of evaluations, with what tables call the policy."""
+        return {RESULT: self.label} | (
+            {ZERO_NOISE: f"{self.label} (zero noise)"} if self.zero_noise else {}
+        )
 
 
 def check_results(out: Path, jobs: Sequence[Job]) -> None:
@@ -69,7 +80,7 @@ def check_results(out: Path, jobs: Sequence[Job]) -> None:
     file = out / "results.csv"
     if not file.is_file():
         return
-    ours = {(job.env, job.label, str(job.seed)) for job in jobs}
+    ours = {(job.env, name, str(job.seed)) for job in jobs for name in job.evaluations.values()}
     with file.open(newline="") as handle:
         theirs = {(row["env"], row["agent"], row["seed"]) for row in csv.DictReader(handle)}
     if theirs - ours:
@@ -86,9 +97,9 @@ def archive_run(run: Path, archive: Path) -> None:
     (unfinished / "evaluations").mkdir(parents=True)
     for name in ARCHIVED:
         shutil.copyfile(run / name, unfinished / name)
-    shutil.copyfile(
-        run / "evaluations" / f"{RESULT}.json", unfinished / "evaluations" / f"{RESULT}.json"
-    )
+    for name in (RESULT, ZERO_NOISE):
+        if (evaluation := run / "evaluations" / f"{name}.json").is_file():
+            shutil.copyfile(evaluation, unfinished / "evaluations" / evaluation.name)
     with (
         (run / "metrics.csv").open(newline="") as source,
         (unfinished / "metrics.csv").open("w", newline="") as target,
@@ -106,7 +117,12 @@ def collect(jobs: Iterable[Job], out: Path) -> None:
     Raises:
         UserError: none has.
     """
-    rows = [row for job in jobs for row in _rows(job)]
+    rows = [
+        row
+        for job in jobs
+        for name, label in job.evaluations.items()
+        for row in _rows(job, name, label)
+    ]
     if not rows:
         raise UserError("no run of this grid was evaluated; see the runs' logs")
     out.mkdir(parents=True, exist_ok=True)
@@ -117,8 +133,8 @@ def collect(jobs: Iterable[Job], out: Path) -> None:
     (out / "results.md").write_text(_markdown(rows))
 
 
-def _rows(job: Job) -> list[dict[str, object]]:
-    file = job.results / "evaluations" / f"{RESULT}.json"
+def _rows(job: Job, evaluation: str, label: str) -> list[dict[str, object]]:
+    file = job.results / "evaluations" / f"{evaluation}.json"
     if not file.is_file():
         return []
     result = json.loads(file.read_text())
@@ -129,7 +145,7 @@ def _rows(job: Job) -> list[dict[str, object]]:
     for name, row in {RANDOM: result["random_policy"], **result["results"]}.items():
         rows.append({
             "env": job.env,
-            "agent": job.label,
+            "agent": label,
             "seed": job.seed,
             "distraction": name,
             "episodes": len(row["returns"]),

@@ -47,6 +47,7 @@ from experiments.running.arguments import Parser, check_out, run_command, termin
 from experiments.running.imports import add_import_flag, import_for_run
 from experiments.running.runs import git_commit
 from experiments.running.settings import check_device
+from experiments.sessions.bases import digests
 from wrappers.distraction.presets import make_distraction
 
 PROCEDURAL = "procedural"
@@ -266,7 +267,11 @@ def evaluate_policy(
             ) from None
         finally:
             bar.close()
-        result = {**about, "results": {name: rows[name] for name in names[1:]}}
+        result = {
+            **about,
+            "weights": digests(policy.agent),
+            "results": {name: rows[name] for name in names[1:]},
+        }
         result["random_policy"] = rows[RANDOM]
         kept.publish(result)
     print(summary(result))

@@ -19,6 +19,7 @@ from agents.core.errors import UserError
 from experiments.reporting import csv_tables, plots, plots_across
 from experiments.reporting.aggregates import Aggregates, aggregate
 from experiments.reporting.blocks import Table, slug
+from experiments.reporting.fine_tuning import fine_tuning_rows
 from experiments.reporting.html import render_html
 from experiments.reporting.page import Contents, blocks, title_of
 from experiments.reporting.published import Comparison, compare
@@ -30,7 +31,7 @@ from experiments.running.arguments import Parser, run_command
 
 PAGE = "report.html"
 TASK_FIGURES = ("curves", "efficiency", "generalization", "diagnostics")
-TABLES = ("curves", "efficiency", "generalization", "aggregates", "saliency", "runs")
+TABLES = ("curves", "efficiency", "generalization", "aggregates", "saliency", "runs", "fine_tuning")
 OURS = (
     PAGE,
     "report.md",
@@ -126,6 +127,7 @@ def _tables(
         csv_tables.aggregate_rows(aggregates),
         csv_tables.looks_rows(summary),
         csv_tables.run_rows(summary),
+        fine_tuning_rows(summary),
     )
     contents = {
         f"{kind}.csv": csv_tables.to_csv(rows) for kind, rows in zip(TABLES, found, strict=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import gymnasium as gym
 from torch import nn
@@ -22,6 +24,7 @@ from agents.core.noise_paths import (
 from agents.core.step_rules import Euler, FlowSDE, Heun, Posterior, StepRule
 from agents.core.temporal_unet import UNetDenoiser
 from agents.generative_policies.conditions import ConditionConfig
+from agents.on_policy.config import Ranges, at_least_one, check_ranges, not_negative
 
 PathName = Literal["flow", "diffusion", "cosine", "linear"]
 RuleName = Literal["euler", "heun", "posterior", "flow_sde"]
@@ -77,24 +80,23 @@ class DenoisingConfig(ConditionConfig):
     inpaint_until: float = 0.3
     """Time below which inpainted actions are free again (BEHAVIOR 2025's winner .3; 0 keeps them as they were)."""
 
+    RANGES: ClassVar[Ranges] = (
+        ("horizon train_steps width blocks heads time_features", at_least_one, "a positive number"),
+        ("denoising_steps feature_dim", at_least_one, "a positive number"),
+        ("noise_level min_std start_noise clip_x0", not_negative, "0 or more"),
+        ("inpaint_until", lambda value: 0 <= value <= 1, "a time from 0 to 1"),
+        ("times_first times_second", lambda value: value is None or math.isfinite(value), "a finite number"),
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         """Reject values that no policy can be built with."""
-        for name in (
-            "horizon train_steps width blocks heads time_features denoising_steps feature_dim"
-        ).split():
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
+        check_ranges(self)
         if min(self.channels, default=0) < 1:
             shown = " ".join(map(str, self.channels)) or "empty"
             raise UserError(f"channels is {shown}; give positive numbers, one for each resolution")
         if self.times not in TIMES:
             raise UserError.unknown("distribution of times", self.times, TIMES)
         check_times(self.times, *self.numbers_of_times)
-        for name in ("noise_level", "min_std", "start_noise", "clip_x0"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if not 0 <= self.inpaint_until <= 1:
-            raise UserError(f"inpaint_until is {self.inpaint_until}; give a time from 0 to 1")
         if self.noise_correlation and self.clip_x0:
             raise UserError(
                 "correlated noise runs in coordinates of its own, where clip_x0 has no meaning; set one of them to 0"
@@ -108,6 +110,26 @@ class DenoisingConfig(ConditionConfig):
             first if self.times_first is None else self.times_first,
             second if self.times_second is None else self.times_second,
         )
+
+
+def missing_for(config: DenoisingConfig, name: str) -> str:
+    """Return what a field needs to count and a config does not have, as flags say it; empty where it counts."""
+    needed, has = NEEDED.get(name, ("", lambda config: True))
+    return "" if has(config) else needed
+
+
+NEEDED: dict[str, tuple[str, Callable[[DenoisingConfig], bool]]] = {
+    "train_steps": ("--path diffusion", lambda config: config.path == "diffusion"),
+    "times_first": ("other --times than uniform", lambda config: config.times != "uniform"),
+    "times_second": ("other --times than uniform", lambda config: config.times != "uniform"),
+    "width": ("--denoiser mlp or dit", lambda config: config.denoiser != "unet"),
+    "blocks": ("--denoiser mlp or dit", lambda config: config.denoiser != "unet"),
+    "heads": ("--denoiser dit", lambda config: config.denoiser == "dit"),
+    "channels": ("--denoiser unet", lambda config: config.denoiser == "unet"),
+    "time_features": ("--denoiser mlp or unet", lambda config: config.denoiser != "dit"),
+    "inpaint_until": ("--inpaint", lambda config: config.inpaint),
+}
+"""Fields that count under a condition: what that is, as flags say it, and whether a config meets it."""
 
 
 TIMES: dict[TimeDistribution, tuple[float, float]] = {

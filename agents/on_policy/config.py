@@ -30,6 +30,20 @@ def positive(value: Any) -> bool:
     return bool(value > 0)
 
 
+def check_ranges(config: Any) -> None:
+    """Refuse values outside of the `RANGES` that a config's class, and those that it inherits from, have.
+
+    Raises:
+        UserError: names the first.
+    """
+    for owner in reversed(type(config).__mro__):
+        for names, fits, wanted in vars(owner).get("RANGES", ()):
+            for name in names.split():
+                value = getattr(config, name)
+                if not fits(value):
+                    raise UserError(f"{name} is {value}; give {wanted}")
+
+
 @dataclass(frozen=True)
 class OnPolicyConfig:
     """What on-policy agents have in common; defaults from Stable-Baselines3's PPO unless a field says otherwise."""
@@ -98,9 +112,4 @@ class OnPolicyConfig:
 
     def __post_init__(self) -> None:
         """Reject values that the agent cannot run with; an algorithm's config adds its own `RANGES`."""
-        for owner in reversed(type(self).__mro__):
-            for names, fits, wanted in vars(owner).get("RANGES", ()):
-                for name in names.split():
-                    value = getattr(self, name)
-                    if not fits(value):
-                        raise UserError(f"{name} is {value}; give {wanted}")
+        check_ranges(self)

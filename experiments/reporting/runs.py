@@ -27,6 +27,9 @@ Axis = Literal["agent_steps", "env_frames", "gradient_updates", "wall_minutes"]
 """What a run has spent when it logs a value."""
 AXES: tuple[Axis, ...] = get_args(Axis)
 
+ZERO_NOISE = {"start_noise": 0}
+"""How an evaluation says that it began chains from zeros instead of noise, whatever the run usually does."""
+
 SALIENCY = ("iou", "energy", "pointing", "area")
 """How saliency lies on the foreground: overlap with it, share inside it, how often its peak does; and
 the foreground's share of the picture, which is what a random look would score."""
@@ -79,6 +82,8 @@ class Evaluation:
     results: dict[str, Result] = field(default_factory=dict)
     videos: dict[str, Path] = field(default_factory=dict)
     saliency: dict[str, Path] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
+    """Digests of the policy, as runs that begin with it keep them; older evaluations have none."""
 
 
 @dataclass
@@ -97,6 +102,8 @@ class Run:
     series: dict[str, Series] = field(default_factory=dict)
     """By tag."""
     evaluation: Evaluation | None = None
+    zero_noise: Evaluation | None = None
+    """The newest of the same checkpoint from zero noise (`evaluate --acting start_noise=0`)."""
     random_returns: list[tuple[float, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -222,37 +229,54 @@ def _read_evaluations(run: Run) -> None:
             found.append((path, content))
         elif content:
             run.notes.append(f"evaluations/{path.name} is not an evaluation, left out")
-    if changed := [path.name for path, content in found if content.get("acting")]:
-        run.notes.append(f"{', '.join(changed)}: acted otherwise than in training, left out")
+    zero_noise = [item for item in found if item[1].get("acting") == ZERO_NOISE]
+    others = [path for path, content in found if content.get("acting")]
     found = [item for item in found if not item[1].get("acting")]
     for _, content in found:
         random = content.get("random_policy")
         returns = _finite(random.get("returns") if isinstance(random, dict) else None)
         if len(returns):
             run.random_returns.append(tuple(returns.tolist()))
+    run.evaluation = _newest(run, found)
+    if run.evaluation:
+        compared = [
+            item
+            for item in zero_noise
+            if item[1].get("checkpoint", "") == run.evaluation.checkpoint
+        ]
+        run.zero_noise = _newest(run, compared)
+        others = [path for path in others if path not in [used for used, _ in compared]]
+    if others:
+        names = ", ".join(path.name for path in others)
+        run.notes.append(f"{names}: acted otherwise than in training, left out")
+    if run.evaluation is None:
+        run.notes.append("it was not evaluated, so it is missing from the generalization table")
+
+
+def _newest(run: Run, found: list[tuple[Path, dict[str, Any]]]) -> Evaluation | None:
+    """Return the newest of some evaluations, with what others of the same protocol add; None without any."""
     # The test split is what is reported; a validation split may have chosen the checkpoint.
     found = [item for item in found if item[1].get("split", "test") == "test"] or found
     if not found:
-        run.notes.append("it was not evaluated, so it is missing from the generalization table")
-        return
+        return None
     _, newest = max(found, key=lambda item: (item[1]["agent_steps"], item[0].name))
-    run.evaluation = Evaluation(
+    evaluation = Evaluation(
         newest["agent_steps"],
         str(newest.get("checkpoint", "")),
         str(newest.get("split", "test")),
         str(newest.get("videos", "procedural")),
         str(newest.get("foreground", FOREGROUND)),
+        weights=tuple(map(str, newest.get("weights") or ())),
     )
     protocol = ("agent_steps", "checkpoint", "split", "videos")
     for path, content in found:
         if all(content.get(key) == newest.get(key) for key in protocol):
-            _merge(run, path, content)
+            _merge(run, evaluation, path, content)
+    return evaluation
 
 
-def _merge(run: Run, path: Path, content: dict[str, Any]) -> None:
-    """Add one file's results, and the media in the folder of its name, to the run's evaluation."""
-    evaluation = run.evaluation
-    assert evaluation is not None
+def _merge(run: Run, evaluation: Evaluation, path: Path, content: dict[str, Any]) -> None:
+    """Add one file's results, and the media in the folder of its name, to one of the run's evaluations."""
     is_scored_alike = content.get("foreground", FOREGROUND) == evaluation.foreground
     for name, result in content["results"].items():
         returns, success = _finite(result["returns"]), _finite(result.get("success"))

@@ -107,6 +107,39 @@ def stratified_bootstrap(
     return _percentiles(np.asarray(statistic(np.concatenate(tasks))), replicates, confidence)
 
 
+def nested_bootstrap(
+    runs: Sequence[ArrayLike],
+    *,
+    confidence: float = 0.95,
+    repetitions: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean over runs of each one's mean over its episodes, with its percentile bootstrap interval.
+
+    Runs are drawn with replacement, and within every one that is drawn its episodes: the mean of a run is not known
+    either. Of a single run, only its episodes are drawn. With fewer than about five runs the interval is too narrow.
+
+    Args:
+        runs: one array [episodes_k] per run.
+        confidence: the interval's nominal coverage, in (0, 1).
+        repetitions: resamples; memory grows with repetitions * episodes * 8 bytes.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: as `stratified_bootstrap`.
+    """
+    episodes = _checked(runs)
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(episodes), size=(repetitions, len(episodes)))
+    means = np.empty(drawn.shape)
+    for index, values in enumerate(episodes):
+        here = drawn == index
+        which = rng.integers(len(values), size=(len(values), int(here.sum())))
+        means[here] = values[which].mean(axis=0)
+    point = np.mean([values.mean() for values in episodes])
+    return _percentiles(point, means.mean(axis=1), confidence)
+
+
 def probability_of_improvement(
     ours: Sequence[ArrayLike],
     theirs: Sequence[ArrayLike],

@@ -13,11 +13,12 @@ from agents.core.errors import UserError
 from agents.generative_policies.dppo import DPPO
 from agents.generative_policies.fine_tuning import FineTuner
 from agents.generative_policies.imitation import ACTING, Imitation
+from agents.generative_policies.parts import missing_for
 from agents.generative_policies.policy import DenoisingConfig, DenoisingPolicy
 from agents.policy import Policy
 from agents.registry import AgentSpec, find
 from experiments.running.arguments import fill
-from experiments.sessions.teachers import networks_digest
+from experiments.sessions.teachers import networks_digest, weights_digest
 
 OF_THE_TASK = (
     "observation", "size", "frame_stack", "action_repeat", "action_chunk", "camera", "quality", "supersample",
@@ -93,12 +94,8 @@ def find_base(run: Path, *, checkpoint: str = "latest", device: str = "cpu") -> 
     """
     loaded = Policy.load(run, checkpoint=checkpoint, device=device)
     agent = loaded.agent
-    policy: Any = None
-    if isinstance(agent, Imitation):
-        policy = agent.average.module
-    elif isinstance(agent, FineTuner):
-        policy = agent.policy
-    if not isinstance(policy, DenoisingPolicy):
+    policy = denoising_policy(agent)
+    if policy is None:
         raise UserError(
             f"--base {run} is a run of '{loaded.config['agent']}', whose policy does not denoise; give one of "
             "diffusion-policy or flow-policy, made by python -m experiments.imitate"
@@ -121,6 +118,26 @@ def find_base(run: Path, *, checkpoint: str = "latest", device: str = "cpu") -> 
     )
 
 
+def denoising_policy(agent: Agent) -> DenoisingPolicy | None:
+    """Return the policy that an agent acts by, if it is one that denoises."""
+    policy: Any = None
+    if isinstance(agent, Imitation):
+        policy = agent.average.module
+    elif isinstance(agent, FineTuner):
+        policy = agent.policy
+    return policy if isinstance(policy, DenoisingPolicy) else None
+
+
+def digests(agent: Agent) -> list[str]:
+    """Return the digests by which runs know an agent that they began with or act on top of.
+
+    The first is of all by which it acts, the second, of one that denoises, of its policy alone.
+    """
+    policy = denoising_policy(agent)
+    alone = [] if policy is None else [networks_digest({"policy": policy})]
+    return [weights_digest(agent), *alone]
+
+
 def refuse_unused(agent: str, given: Mapping[str, Any]) -> None:
     """Refuse flags of the policy that an agent has no use for.
 
@@ -132,6 +149,26 @@ def refuse_unused(agent: str, given: Mapping[str, Any]) -> None:
             flag = name.replace("_", "-")
             raise UserError(
                 f"--{flag} is {given[name]}, but {agent} has no use for it: it has a way of its own; leave --{flag} out"
+            )
+
+
+def refuse_idle(config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse flags of a policy that count only together with others, which it does not have.
+
+    Args:
+        config: of the run, of any kind.
+        given: the flags.
+
+    Raises:
+        UserError: names the first, and what it needs.
+    """
+    if not isinstance(config, DenoisingConfig):
+        return
+    for name in given:
+        if missing := missing_for(config, name):
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"--{flag} is given, but without {missing} it changes nothing; add that, or leave --{flag} out"
             )
 
 

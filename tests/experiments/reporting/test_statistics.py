@@ -15,6 +15,7 @@ from experiments.reporting.statistics import (
     interquartile_mean,
     mean,
     median,
+    nested_bootstrap,
     optimality_gap,
     performance_profile,
     probability_of_improvement,
@@ -168,6 +169,39 @@ def test_interval_of_an_improvement_equals_all_resamples_enumerated() -> None:
     assert found.point == pytest.approx(2 / 6)
     assert found.low == pytest.approx(np.quantile(shares, 0.15, method="inverted_cdf"))
     assert found.high == pytest.approx(np.quantile(shares, 0.85, method="inverted_cdf"))
+
+
+def test_interval_of_seeds_and_episodes_equals_all_resamples_enumerated() -> None:
+    """Two seeds of two and three episodes: every draw of seeds, and of the episodes of each that is drawn."""
+    seeds = [np.array([0.0, 1.0]), np.array([2.0, 3.0, 7.0])]
+    means = [
+        [np.mean(drawn) for drawn in itertools.product(seed, repeat=len(seed))] for seed in seeds
+    ]
+    values, weights = [], []
+    for first, second in itertools.product(means, repeat=2):
+        for a, b in itertools.product(first, second):
+            values.append((a + b) / 2)
+            weights.append(0.25 / (len(first) * len(second)))
+    order = np.argsort(values)
+    shares = np.cumsum(np.array(weights)[order])
+    found = nested_bootstrap(seeds, confidence=0.8, repetitions=60_000)
+    assert found.point == pytest.approx((0.5 + 4) / 2), "seeds count alike, however many episodes"
+    for limit, share in ((found.low, 0.1), (found.high, 0.9)):
+        assert limit == pytest.approx(np.array(values)[order][np.searchsorted(shares, share)])
+
+
+def test_episodes_widen_the_interval_of_seeds_and_decide_alone_about_one() -> None:
+    random = np.random.default_rng(0)
+    seeds = random.normal(random.normal(size=10), 2.0, size=(5, 10))
+    found = nested_bootstrap(list(seeds.T))
+    alone, reference = nested_bootstrap([seeds[:, 0]]), stratified_bootstrap([seeds[:, 0]])
+    assert (alone.low, alone.high) == pytest.approx((reference.low, reference.high), abs=0.02)
+    # The bootstrap's own variance: that of the seeds' means, and of what each mean is not known by.
+    half = (found.high - found.low) / 2
+    spread = np.sqrt((seeds.mean(0).var() + (seeds.var(0) / 5).mean()) / 10)
+    assert half == pytest.approx(1.96 * spread, rel=0.04)
+    outer = stratified_bootstrap([seeds.mean(0)])
+    assert half > 1.2 * (outer.high - outer.low) / 2
 
 
 def test_agents_with_other_numbers_of_tasks_are_not_compared() -> None:
