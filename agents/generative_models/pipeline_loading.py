@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from agents.core.errors import UserError
 from agents.generative_models.pipeline_networks import FAMILIES
@@ -77,13 +78,51 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
     unused: dict[str, Any] = {name: None for name in UNUSED if name in _components(kind)}
     if "safety_checker" in unused:
         unused["requires_safety_checker"] = False
-    with _one_line(source), _no_progress_bars():
-        return DiffusionPipeline.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=_is_offline(source),
-            **unused,
+    options: dict[str, Any] = {
+        "dtype": dtype, "use_safetensors": True, "local_files_only": _is_offline(source),
+    }  # fmt: skip
+    with _one_line(source), _quiet():
+        encoders = _text_encoders(source, options)
+        pipe = DiffusionPipeline.from_pretrained(source, **options, **unused, **encoders)
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            # diffusers leaves what the files lack without numbers.
+            absent = [key for key, value in module.state_dict().items() if value.is_meta]
+            _refuse_absent(source, name, absent)
+    return pipe
+
+
+def _text_encoders(source: str, options: dict[str, Any]) -> dict[str, nn.Module]:
+    """Return a pipeline's text encoders; transformers fills what the files lack with random numbers.
+
+    Raises:
+        UserError: something is lacking.
+    """
+    import transformers
+    from diffusers import DiffusionPipeline
+
+    encoders: dict[str, nn.Module] = {}
+    index = DiffusionPipeline.load_config(source, local_files_only=options["local_files_only"])
+    for name, entry in index.items():
+        if name.startswith("text_encoder") and isinstance(entry, list) and entry[0] is not None:
+            encoders[name], found = getattr(transformers, entry[1]).from_pretrained(
+                source, subfolder=name, output_loading_info=True, **options
+            )
+            _refuse_absent(source, name, found["missing_keys"])
+    return encoders
+
+
+def _refuse_absent(source: str, component: str, absent: Iterable[str]) -> None:
+    """Refuse weights that are not whole.
+
+    Raises:
+        UserError: names the component and the first tensor.
+    """
+    tensors = sorted(absent)
+    if tensors:
+        others = f" and {len(tensors) - 1} other tensors" if len(tensors) > 1 else ""
+        raise UserError(
+            f"the weights of {component} in '{source}' lack {tensors[0]}{others}; download the pipeline again"
         )
 
 
@@ -98,6 +137,8 @@ def _one_line(source: str) -> Iterator[None]:
     """Say in one line why a pipeline cannot be read."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         where = "" if Path(source).exists() else " (there is no such folder, and from the hub)"
@@ -137,8 +178,7 @@ def _missing(folder: Path, component: str) -> list[str]:
     if component == "scheduler":
         names = ["scheduler_config.json"]
     elif component.startswith("tokenizer"):
-        known = ("tokenizer.json", "vocab.json", "spiece.model")
-        return [] if any((place / n).is_file() for n in known) else [f"{component}/{known[0]}"]
+        names = missing_of_tokenizer(place)
     else:
         stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
         index = place / f"{stem}.safetensors.index.json"
@@ -147,6 +187,15 @@ def _missing(folder: Path, component: str) -> list[str]:
             shards = set(json.loads(index.read_text())["weight_map"].values())
             names = ["config.json", *sorted(shards)]
     return [f"{component}/{name}" for name in names if not (place / name).is_file()]
+
+
+def missing_of_tokenizer(folder: Path) -> list[str]:
+    """Return what a tokenizer's folder lacks: without its words the package makes one that knows none."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        return []
+    if (folder / "vocab.json").is_file():
+        return [] if (folder / "merges.txt").is_file() else ["merges.txt"]
+    return ["tokenizer.json"]
 
 
 def _check_kind(source: str, kind: str) -> None:
@@ -171,16 +220,19 @@ def _components(kind: str) -> set[str]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Load without the packages' bars, which runs that log lines have no use for."""
+def _quiet() -> Iterator[None]:
+    """Load without the packages' bars and reports: runs that log lines have no use for them, and errors are ours."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
     for library in libraries:
         library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        for library in libraries:
+        for library, verbosity in zip(libraries, before, strict=True):
             library.enable_progress_bar()
+            library.set_verbosity(verbosity)

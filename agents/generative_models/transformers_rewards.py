@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agents.core.errors import UserError
+from agents.generative_models.pipeline_loading import missing_of_tokenizer
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -64,22 +65,26 @@ class ClipModel:
                 f"reward '{reward}' needs the package {error.name}: pip install transformers"
             ) from error
         path = Path(folder)
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"'{folder}' holds no model for the reward '{reward}' (config.json is missing): download one, such as "
-                "huggingface-cli download openai/clip-vit-large-patch14 --local-dir DIR"
-            )
+        _check_files(path, reward)
         try:
-            self.model: Any = transformers.CLIPModel.from_pretrained(folder, local_files_only=True)
+            model, found = transformers.CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).split("\n")[0]
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"cannot load the reward '{reward}' from '{folder}': {reason}"
+                f"cannot load the reward '{reward}' from '{folder}': {reason}; its weights must be whole, and "
+                "safetensors: pickles are not read"
             ) from error
-        self.model.eval().requires_grad_(False)
+        if absent := sorted(found["missing_keys"]):  # the package fills them with random numbers
+            raise UserError(
+                f"the weights in '{folder}' lack {absent[0]} and {len(absent) - 1} others of a CLIP, which the reward "
+                f"'{reward}' needs; download all of them again"
+            )
+        self.model: Any = model.eval().requires_grad_(False)
         about: Any = self.model.config
         self.side: int = about.vision_config.image_size
         self.mean, self.std = _statistics(path)
@@ -120,10 +125,48 @@ def _tensor(features: Any) -> Tensor:
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
+def _check_files(folder: Path, reward: str) -> None:
+    """Refuse a folder without a CLIP: the package would take another model's, or none, and fill in random weights.
+
+    Raises:
+        UserError: files are missing, or those of another model.
+    """
+    absent = [] if (folder / "config.json").is_file() else ["config.json"]
+    if absent := absent or missing_of_tokenizer(folder):
+        raise UserError(
+            f"'{folder}' holds no model for the reward '{reward}' ({absent[0]} is missing): download one, such as "
+            "huggingface-cli download openai/clip-vit-large-patch14 --local-dir DIR"
+        )
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise UserError(
+            f"'{folder}' holds a model of type '{kind}', not a clip, which the reward '{reward}' needs"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"'{file}' is damaged ({error}); download it again") from error
+    if not isinstance(about, dict):
+        raise UserError(f"'{file}' is damaged (no names in it); download it again")
+    return about
+
+
 def _statistics(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Return mean and spread of the pixels of each color that the model was trained with.
+
+    Raises:
+        UserError: what the folder says of them is damaged.
+    """
     file = folder / "preprocessor_config.json"
-    about = json.loads(file.read_text()) if file.is_file() else {}
-    return tuple(about.get("image_mean", MEAN)), tuple(about.get("image_std", STD))
+    about = _read_json(file) if file.is_file() else {}
+    said = about.get("image_mean", MEAN), about.get("image_std", STD)
+    for values in said:
+        if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"'{file}' is damaged ({values} are no 3 numbers); download it again")
+    return said
 
 
 def clip_reward(folder: str) -> Score:

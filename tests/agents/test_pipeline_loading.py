@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 
 from agents.core.errors import UserError
 from agents.generative_models.pipeline_generator import PipelineSettings, load_pipeline
@@ -71,6 +72,30 @@ def test_damage_and_other_kinds_are_named(folder, tmp_path):
     assert "FluxPipeline" in said
     (folder / "model_index.json").write_text("{")
     assert "damaged" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("component", "file", "tensor"),
+    [
+        ("unet", "diffusion_pytorch_model.safetensors", "conv_norm_out.weight"),
+        ("vae", "diffusion_pytorch_model.safetensors", "decoder.conv_norm_out.weight"),
+        ("text_encoder", "model.safetensors", "encoder.layers.0.layer_norm1.weight"),
+    ],
+)
+def test_a_tensor_that_is_missing_is_named_with_its_component(folder, component, file, tensor):
+    """diffusers leaves it without numbers, transformers draws them at random, and both go on."""
+    weights = folder / component / file
+    tensors = safetensors.torch.load_file(weights)
+    del tensors[tensor]
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    assert f"the weights of {component} in '{folder}' lack {tensor};" in refusal(folder)
+
+
+def test_words_without_merges_are_no_tokenizer(folder):
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    assert "lacks tokenizer/merges.txt;" in refusal(folder)
 
 
 def test_settings_that_do_not_fit_are_named(whole):

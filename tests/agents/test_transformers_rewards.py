@@ -1,6 +1,7 @@
 """CLIP, PickScore and the aesthetic score on tiny random models in local folders, where transformers is installed."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -148,6 +149,58 @@ def test_missing_files_say_which(folder, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load the reward 'clip'"):
         make_reward(f"clip({tmp_path})")
+
+
+def refusal(folder, name="clip"):
+    with pytest.raises(UserError) as caught:
+        make_reward(f"{name}({folder})")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_weights_that_are_not_whole_are_never_filled_in_at_random(copy):
+    """The package loads them with a warning, and the reward is noise."""
+    weights = copy / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    del tensors["visual_projection.weight"]
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    assert "lack visual_projection.weight" in refusal(copy)
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert f"cannot load the reward 'clip' from '{copy}'" in refusal(copy)
+
+
+def test_another_kind_of_model_is_refused(copy):
+    about = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(about | {"model_type": "bert"}))
+    assert "a model of type 'bert', not a clip" in refusal(copy, "pickscore")
+    (copy / "config.json").write_text("{")
+    assert "config.json' is damaged" in refusal(copy)
+
+
+def test_without_a_tokenizer_all_prompts_would_be_the_same(copy):
+    (copy / "tokenizer.json").unlink()
+    assert "(tokenizer.json is missing)" in refusal(copy)
+    (copy / "vocab.json").write_text("{}")
+    assert "(merges.txt is missing)" in refusal(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"image_mean": [0.5]}', '{"image_std": ["a", 1, 2]}'])
+def test_damaged_statistics_of_pixels_are_named(copy, text):
+    (copy / "preprocessor_config.json").write_text(text)
+    assert "preprocessor_config.json' is damaged" in refusal(copy)
+
+
+def test_pickles_are_not_read(copy):
+    tensors = safetensors.torch.load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(tensors, copy / "pytorch_model.bin")
+    assert "pickles are not read" in refusal(copy)
 
 
 def test_without_the_package(monkeypatch, tmp_path):
