@@ -31,7 +31,7 @@ from agents.generative_models.reward_gradients import recomputed
 SampleReward = Callable[[Tensor], Tensor]
 """Of samples [B, ...] that are data, or a prediction of it: [B]."""
 
-Potential = Literal["difference", "max", "sum"]
+Potential = Literal["difference", "max", "add", "rt"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class SteeringSettings:
     strength: float = 10.0
     """Lambda: the target is p(x) * exp(strength * reward(x)) (FK steering 10 for ImageReward)."""
     potential: Potential = "difference"
-    """Weight of a step: by the reward's gain since the last look, its maximum so far, or its sum."""
+    """Weight of a look, e to strength times: the reward's gain since the last look, its maximum so far, the sum of all
+    so far (so the log-weight grows like the looks' square), or the reward itself (the authors' names, but for diff)."""
     every: int = 2
     """Steps between two looks."""
     least_effective: float = 0.5
@@ -135,7 +136,7 @@ def fk_steer(
         raise UserError(f"{len(start)} starts are no groups of {count} particles")
     rows, device = len(start) // count, start.device
     zeros = torch.zeros(rows, count, dtype=torch.float64, device=device)
-    log_weight, paid, best = zeros, zeros.clone(), zeros - math.inf
+    log_weight, paid, total, best = zeros, zeros.clone(), zeros.clone(), zeros - math.inf
     log_normalizer = zeros[:, 0].clone()
     x, said = start, _Remembered(denoiser)
     for index in range(sampler.steps):
@@ -144,8 +145,9 @@ def fk_steer(
         if index % settings.every == 0 and 0 < index:
             x0 = convert(said.prediction, x, said.t, sampler.path, sampler.kind, "x0")
             seen = settings.strength * reward(x0).double().view(rows, count)
-            best = torch.maximum(best, seen)
-            due = {"difference": seen, "max": paid + best, "sum": paid + seen}[settings.potential]
+            best, total = torch.maximum(best, seen), total + seen
+            weight = {"difference": seen - paid, "max": best, "add": total, "rt": seen}
+            due = paid + weight[settings.potential]
             log_weight, paid = log_weight + due - paid, due
             if (few := effective(log_weight) < settings.least_effective * count).any():
                 uniform = torch.rand(rows, generator=generator, device=device)
@@ -154,7 +156,7 @@ def fk_steer(
                 mean_weight = torch.logsumexp(log_weight, 1) - math.log(count)
                 log_normalizer = log_normalizer + torch.where(few, mean_weight, 0.0)
                 log_weight = torch.where(few[:, None], 0.0, log_weight)
-                paid, best = paid.gather(1, kept), best.gather(1, kept)
+                paid, best, total = (each.gather(1, kept) for each in (paid, best, total))
                 place = (kept + count * torch.arange(rows, device=device)[:, None]).flatten()
                 mean = mean[place]
         x = mean
