@@ -36,6 +36,7 @@ from agents.generative_models.methods import METHODS, find_method
 from agents.generative_models.monitor import MonitorSettings
 from agents.generative_models.pipeline_generator import PipelineSettings, Precision
 from agents.generative_models.pipeline_loading import is_pipeline, pipeline_kind
+from agents.generative_models.rewards import parse_reward, reward_help
 from agents.generative_models.tuning_config import TuningConfig
 from agents.generative_models.tuning_loop import TuningSettings
 from experiments.generators.finetuning import FineTuningSession, choose_prompts, split_held_out
@@ -101,8 +102,8 @@ def parser(method: str) -> Parser:
         help="the generator, as pretrain_generator wrote it, or a diffusers pipeline's folder or name on the hub",
     )
     p.add_argument("--reward", default=DEFAULT_REWARD, metavar="NAME",
-                   help="what is optimized: names and sums such as compressibility:0.5+shapes, or module:function; see "
-                   f"agents.generative_models.rewards [{DEFAULT_REWARD}]")  # fmt: skip
+                   help="what is optimized: names, sums such as compressibility:0.5+shapes, or a function of yours, "
+                   f"module:function [{DEFAULT_REWARD}]. {reward_help()}")  # fmt: skip
     p.add_argument("--gold", metavar="NAME", help="what is measured and not optimized [classifier for shapes and "
                    "drawings, none for glyphs, else drawings_strict]")  # fmt: skip
     p.add_argument("--prompt-file", type=Path, metavar="FILE", help="training prompts, one in each line "
@@ -218,8 +219,7 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
             "give --gold, a reward that is measured and not optimized: nobody knows what a pipeline is to draw"
         )
     gold = given["gold"] or default_gold(given["reward"])
-    if gold == given["reward"]:
-        raise UserError(f"--gold is {gold}, which is optimized; give a reward that is not")
+    refuse_same(given["reward"], gold)
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "command": COMMAND,
@@ -346,14 +346,36 @@ def default_gold(reward: str) -> str:
     """Return what is measured beside a reward: a learned judge beside ShapesEval, and that beside all others.
 
     Raises:
-        UserError: the reward reads text, of which there is one judge here: its strict form would measure the same.
+        UserError: the reward reads text, of which there is one judge here (its strict form would measure the same), or
+            has both judges of shapes.
     """
-    if "glyphs" in reward:
+    optimized = {term.name for term in parse_reward(reward)}
+    if optimized & {"glyphs", "glyphs_strict"}:
         raise UserError(
             f"nothing here judges text but the reward '{reward}' itself; give --gold what is measured instead (a "
             "function of yours, module:function, or glyphs_strict, which a hacked reward may deceive as well)"
         )
-    return "classifier" if "shapes" in reward or "drawings" in reward else "drawings_strict"
+    if not optimized & {"shapes", "shapes_strict", "drawings", "drawings_strict"}:
+        return "drawings_strict"
+    if "classifier" in optimized:
+        raise UserError(
+            f"'{reward}' has both judges of drawings that there are here; give --gold what is measured instead, such "
+            "as a function of yours, module:function"
+        )
+    return "classifier"
+
+
+def refuse_same(reward: str, gold: str) -> None:
+    """Refuse to measure what is optimized.
+
+    Raises:
+        UserError: a part of the gold reward is one of the reward's.
+    """
+    for measured in parse_reward(gold):
+        if any(measured.is_same(term) for term in parse_reward(reward)):
+            raise UserError(
+                f"--gold is {gold}, and {measured.name} is optimized; give a reward that is not a part of '{reward}'"
+            )
 
 
 def run_name(config: dict[str, Any]) -> str:

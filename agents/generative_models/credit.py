@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +26,42 @@ VALUE_FEATURES = 64
 """Of the time embedding of a value."""
 
 
+def as_values(values: Any, count: int, name: str) -> Tensor:
+    """Return what a reward has returned as float32 [count].
+
+    Args:
+        values: a tensor, an array, or a list of numbers.
+        count: images that it has seen.
+        name: the reward's.
+
+    Raises:
+        UserError: it is something else, or not one number for each image.
+    """
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = None
+    if found is None or found.is_complex() or found.shape != (count,):
+        what = f"a {type(values).__name__}" if values is not None else "nothing"
+        shape = "" if found is None else f" of shape {tuple(found.shape)}"
+        raise UserError(
+            f"reward '{name}' returned {what}{shape} for {count} images; return one number for each, ({count},)"
+        )
+    return found.float()
+
+
 def checked_reward(reward: RewardFunction, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return rewards float32 [B] on the images' device.
 
     Raises:
         UserError: the reward's shape is not [B], or a number of it is not finite; the text names the prompt.
     """
-    values = torch.as_tensor(reward(images, prompts))
     name = getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
-    if values.shape != (len(prompts),):
-        raise UserError(
-            f"reward '{name}' returned the shape {tuple(values.shape)} for {len(prompts)} images; return one number "
-            "for each"
-        )
-    values = values.float().to(images.device)
+    values = as_values(reward(images, prompts), len(prompts), name).to(images.device)
     if not (finite := torch.isfinite(values)).all():
         place = int((~finite).nonzero()[0])
         raise UserError(
-            f"reward '{name}' is {float(values[place].detach())} for the prompt '{prompts[place]}'; mend the reward "
-            "(the run is saved as it was before)"
+            f"reward '{name}' is {float(values[place].detach())} for the prompt '{prompts[place]}'; mend the reward"
         )
     return values
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from agents.core.errors import UserError
 from agents.generative_models.classifier import classifier_reward
+from agents.generative_models.credit import as_values
 from agents.generative_models.drawing_eval import evaluate_drawings
 from agents.generative_models.scenes import COLORS, parse_prompt
 from agents.generative_models.transformers_rewards import (
@@ -76,18 +77,11 @@ class NamedReward:
         """Return rewards, float32 [B].
 
         Raises:
-            UserError: prompts are not as many as images, or the function's values are no finite [B].
+            UserError: prompts are not as many as images, or the function's values are no finite numbers [B].
         """
         if len(images) != len(prompts):
             raise UserError(f"{len(images)} images and {len(prompts)} prompts; give one each")
-        values = self.function(images, prompts)
-        shape = tuple(getattr(values, "shape", ())) if values is not None else None
-        if shape != (len(images),):
-            raise UserError(
-                f"reward '{self.name}' returned {'nothing' if shape is None else f'a {shape}'} for {len(images)} "
-                f"images; it must return one number for each, ({len(images)},)"
-            )
-        values = torch.as_tensor(values, device=images.device).float()
+        values = as_values(self.function(images, prompts), len(images), self.name).to(images.device)
         finite = torch.isfinite(values)
         if not finite.all():
             first = int((~finite).nonzero()[0, 0])
@@ -255,19 +249,38 @@ REWARDS: dict[str, RewardSpec] = dict(
         ),
         (
             "clip",
-            RewardSpec("CLIP's cosine", _from_folder("clip", clip_reward), "FOLDER"),
+            RewardSpec(
+                "CLIP's cosine of image and prompt", _from_folder("clip", clip_reward), "FOLDER"
+            ),
         ),
         (
             "pickscore",
-            RewardSpec("PickScore", _from_folder("pickscore", pickscore_reward), "FOLDER"),
+            RewardSpec(
+                "what people would pick (PickScore)",
+                _from_folder("pickscore", pickscore_reward),
+                "FOLDER",
+            ),
         ),
         (
             "aesthetic",
-            RewardSpec("aesthetic score", _from_folder("aesthetic", aesthetic_reward), "FOLDER"),
+            RewardSpec(
+                "how beautiful people would find it (LAION)",
+                _from_folder("aesthetic", aesthetic_reward),
+                "FOLDER",
+            ),
         ),
     ]
 )
 """By name."""
+
+
+def reward_help() -> str:
+    """Return every reward with what it is, for people."""
+    return "; ".join(
+        f"{name}({spec.argument}): {spec.summary}" if spec.argument else f"{name}: {spec.summary}"
+        for name, spec in REWARDS.items()
+    )
+
 
 _TERM = re.compile(
     r"(?P<name>[\w.]+(?::[A-Za-z_]\w*)?)(?:\((?P<argument>[^()]*)\))?(?::(?P<weight>[^:]+))?"
@@ -287,7 +300,7 @@ def make_reward(text: str) -> Reward:
         >>> reward.differentiable
         True
     """
-    parts = tuple(_term(term.strip()) for term in _split(text))
+    parts = tuple((_make(term), term.weight) for term in parse_reward(text))
     if len(parts) == 1 and parts[0][1] == 1:
         return parts[0][0]
     return WeightedSum(parts)
@@ -298,7 +311,31 @@ def _split(text: str) -> list[str]:
     return re.split(r"(?<![0-9]e)\+(?![^(]*\))", text)
 
 
-def _term(text: str) -> tuple[Reward, float]:
+class Term(NamedTuple):
+    """One reward of a sum, as it is written."""
+
+    name: str
+    argument: str | None
+    """What stands in brackets; None without any."""
+    weight: float
+
+    def is_same(self, other: Term) -> bool:
+        """Whether both are one reward; what stands in no brackets may be what stands in the other's."""
+        return self.name == other.name and (
+            self.argument == other.argument or not self.argument or not other.argument
+        )
+
+
+def parse_reward(text: str) -> list[Term]:
+    """Return the terms of a reward, before any of them is made.
+
+    Raises:
+        UserError: a name is unknown, a weight is no number, or something stands in brackets that nothing takes.
+    """
+    return [_parse_term(term.strip()) for term in _split(text)]
+
+
+def _parse_term(text: str) -> Term:
     match = _TERM.fullmatch(text)
     if match is None:
         raise UserError(
@@ -311,20 +348,24 @@ def _term(text: str) -> tuple[Reward, float]:
     except ValueError:
         raise UserError(f"the weight of '{text}' is no number; write NAME:0.5, say") from None
     if behind:
-        return _of_function(name, argument), weight
-    if name not in REWARDS:
+        if argument is not None:
+            raise UserError(f"reward '{name}' is a function of yours and takes nothing in brackets")
+    elif name not in REWARDS:
         raise UserError.unknown("reward", name, REWARDS)
-    spec = REWARDS[name]
-    if argument is not None and not spec.argument:
+    elif argument is not None and not REWARDS[name].argument:
         raise UserError(f"reward '{name}' takes nothing in brackets, '{argument}' was given")
-    return spec.make(argument or ""), weight
+    return Term(name, argument, weight)
 
 
-def _of_function(name: str, argument: str | None) -> Reward:
+def _make(term: Term) -> Reward:
+    if ":" in term.name:
+        return _of_function(term.name)
+    return REWARDS[term.name].make(term.argument or "")
+
+
+def _of_function(name: str) -> Reward:
     """Return a person's own callable as a reward."""
     module_name, _, function_name = name.partition(":")
-    if argument is not None:
-        raise UserError(f"reward '{name}' is a function of yours and takes nothing in brackets")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

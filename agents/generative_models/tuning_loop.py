@@ -147,13 +147,14 @@ class TuningLoop(RunLoop):
         try:
             with named_memory_errors():
                 self.metrics.append(agent.update(self.prompts.take(agent.config.prompts)))
-        except UserError:
+        except UserError as error:
             # A reward that breaks does so before anything is learned: the iteration is taken back whole, and drawn
             # again when the reward is mended.
             if agent.gradient_updates == updates:
                 self.prompts.set_state(before[0])
                 agent.generator.set_state(before[1])
                 agent.load_extra_state(before[2])
+                raise UserError(f"{error} (the run is saved as it was before)") from error
             raise
         self._images += self.agent.scored - scored
         progress.agent_steps += 1

@@ -630,7 +630,8 @@ def test_state_that_is_restored_goes_on_exactly(name):
 @pytest.mark.parametrize(
     ("reward", "match"),
     [
-        (lambda images, prompts: images.mean((1, 2)), "returned the shape"),
+        (lambda images, prompts: images.mean((1, 2)), "returned a Tensor of shape"),
+        (lambda images, prompts: ["a"] * len(prompts), "returned a list for"),
         (lambda images, prompts: torch.tensor(1.0), "one number for each"),
         (lambda images, prompts: torch.full((len(prompts),), math.nan), "is nan for the prompt 'a"),
     ],

@@ -23,7 +23,7 @@ from agents.generative_models.classifier import (
     train_counter,
 )
 from agents.generative_models.drawings import DrawingSettings, make_drawings
-from agents.generative_models.rewards import REWARDS, make_reward
+from agents.generative_models.rewards import REWARDS, make_reward, parse_reward
 from agents.generative_models.scenes import COLORS, parse_prompt
 
 IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -231,8 +231,9 @@ def test_own_functions(own):
     assert not make_reward("my_rewards:red").differentiable
     own.red.differentiable = True
     assert make_reward("my_rewards:red").differentiable
-    own.lists = lambda images, prompts: np.arange(len(prompts))
-    assert make_reward("my_rewards:lists")(IMAGES, NO_PROMPTS).tolist() == [0, 1, 2, 3, 4]
+    for values in (np.arange(5), [0.0, 1.0, 2.0, 3.0, 4.0], tuple(torch.arange(5))):
+        own.lists = lambda images, prompts, values=values: values
+        assert make_reward("my_rewards:lists")(IMAGES, NO_PROMPTS).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -240,9 +241,14 @@ def test_own_functions(own):
     [
         (
             lambda images, prompts: images.mean(),
-            r"returned a \(\) for 5 images; it must return .*\(5,\)",
+            r"returned a Tensor of shape \(\) for 5 images; return one number for each, \(5,\)",
         ),
-        (lambda images, prompts: images.mean((2, 3)), r"returned a \(5, 3\)"),
+        (lambda images, prompts: images.mean((2, 3)), r"returned a Tensor of shape \(5, 3\)"),
+        (lambda images, prompts: ["good"] * len(prompts), "returned a list for 5 images"),
+        (lambda images, prompts: "good", "returned a str for 5 images"),
+        (lambda images, prompts: [[1.0], [1.0, 2.0]], "returned a list for 5 images"),
+        (lambda images, prompts: [1.0], r"returned a list of shape \(1,\)"),
+        (lambda images, prompts: torch.ones(5) * 1j, "one number for each"),
         (lambda images, prompts: None, "returned nothing"),
         (lambda images, prompts: 0 / images[:, 0, 0, 0] / 0, "is nan for image 0 .*must be finite"),
         (lambda images, prompts: torch.tensor([0, 0, math.inf, 0, 0]), "is inf for image 2 "),
@@ -253,6 +259,17 @@ def test_bad_own_functions_are_named(own, function, message):
     with pytest.raises(UserError, match=message) as error:
         make_reward("my_rewards:bad")(IMAGES, NO_PROMPTS)
     assert "my_rewards:bad" in str(error.value)
+
+
+def test_terms_are_the_same_reward_whatever_their_weights():
+    (first, red), (one, blue) = (
+        parse_reward(t) for t in ("symmetry+color(red):2", "symmetry:3+color(blue)")
+    )
+    assert first.is_same(one)
+    assert (first.weight, one.weight) == (1.0, 3.0)
+    assert not red.is_same(blue)
+    assert red.is_same(parse_reward("color")[0])
+    assert not red.is_same(first)
 
 
 def test_as_many_prompts_as_images():

@@ -18,6 +18,7 @@ from agents.generative_models.generator import (
 )
 from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import Monitor
+from agents.generative_models.rewards import REWARDS
 from experiments.finetune_generator import PRESETS, default_gold, main, new_config, parser
 from experiments.generators.finetuning import FineTuningSession, split_held_out
 from experiments.generators.pretraining import vocabulary_of
@@ -197,7 +198,16 @@ def test_steering_is_reported_and_no_worse(base, tmp_path, method):
         (("--threads", "0"), "--threads is 0"),
         (("--preset", "debgu"), "debug"),
         (("--prompt-count", "0"), "prompt_count is 0"),
-        (("--gold", "symmetry"), "which is optimized"),
+        (("--gold", "symmetry"), "symmetry is optimized"),
+        (("--gold", "symmetry:1.0"), "symmetry is optimized"),
+        (
+            ("--gold", "brightness+symmetry:2", "--reward", "color+symmetry"),
+            "symmetry is optimized",
+        ),
+        (
+            ("--reward", "classifier+brightness", "--gold", "classifier(FOLDER)"),
+            "classifier is opt",
+        ),
         (("--method", "reno", "--iterations", "-1"), "iterations is -1"),
     ],
 )
@@ -283,6 +293,8 @@ def test_one_steered_prompt_of_few_images_is_reported(base, tmp_path):
         ("shapes+brightness", "classifier"),
         ("drawings", "classifier"),
         ("brightness", "drawings_strict"),
+        ("classifier:2", "drawings_strict"),
+        ("my_shapes:score", "drawings_strict"),
     ],
 )
 def test_the_gold_reward_is_not_the_optimized_one(reward, gold):
@@ -290,9 +302,17 @@ def test_the_gold_reward_is_not_the_optimized_one(reward, gold):
 
 
 def test_text_has_no_second_judge_and_needs_a_gold_reward():
-    for reward in ("glyphs", "brightness+glyphs:2"):
+    for reward in ("glyphs", "brightness+glyphs:2", "shapes+classifier"):
         with pytest.raises(UserError, match="--gold"):
             default_gold(reward)
+
+
+def test_the_help_says_what_every_reward_is():
+    said = " ".join(parser("flow-grpo").format_help().split())
+    for name, spec in REWARDS.items():
+        assert (
+            f"{name}({spec.argument}): {spec.summary}" in said or f"{name}: {spec.summary}" in said
+        )
 
 
 def test_a_fine_tuned_run_is_a_base_that_knows_its_prompts(base, tmp_path):
