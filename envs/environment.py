@@ -27,9 +27,13 @@ class Environment(Pixels):
         Args:
             settings: what was asked for.
             spec: of the task, for a process in which nobody has registered it.
+
+        Raises:
+            UserError: chunks of actions are longer than episodes, or there is no such camera.
         """
         spec = spec or get_spec(settings.id)
         adapter = spec.build(settings.episode_length)
+        settings.check_chunk(getattr(adapter, "episode_length", None))  # now a task's own is known
         is_seen = (
             settings.observation != "state"
             or settings.foreground_mask

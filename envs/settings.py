@@ -65,6 +65,7 @@ class Settings:
             episode_length=settings.episode_length or spec.episode_length,
         )
         settings._warn_if_nothing_changes(spec)
+        settings.check_chunk(settings.episode_length)
         settings._check_success(spec)
         settings._check_videos()
         return settings
@@ -92,6 +93,26 @@ class Settings:
             isinstance(self.camera, bool) or not isinstance(self.camera, str | int)
         ):
             raise UserError(f"camera is {self.camera!r}; expected a camera's name or number")
+
+    def check_chunk(self, episode_length: int | None) -> None:
+        """Refuse chunks whose last actions no episode ever takes.
+
+        Args:
+            episode_length: control steps of an episode; None where it has no limit, or a task's own is not known yet.
+
+        Raises:
+            UserError: says how many actions there are.
+        """
+        if episode_length is None or self.action_chunk == 1:
+            return
+        repeat = self.action_repeat or 1
+        actions = -(-episode_length // repeat)
+        if self.action_chunk > actions:
+            raise UserError(
+                f"action_chunk is {self.action_chunk}, but an episode of {self.id} ends after {actions} actions "
+                f"({episode_length} control steps, {repeat} to an action); give at most {actions}, or a longer "
+                "episode_length"
+            )
 
     def _check_success(self, spec: TaskSpec) -> None:
         """Refuse to wait for a success that the task does not tell."""

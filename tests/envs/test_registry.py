@@ -191,6 +191,17 @@ def test_gymnasium_makes_a_simulators_task() -> None:
     env.close()
 
 
+def test_a_chunk_may_last_as_long_as_an_episode() -> None:
+    """Its last action, which is repeated less often where the limit cuts it short, counts."""
+    for repeat, chunk in ((1, 25), (10, 3)):
+        env = envs.make(
+            "toy/reach", observation="state", action_chunk=chunk, action_repeat=repeat, seed=1
+        )
+        env.reset()
+        assert env.step(env.action_space.sample())[3], "truncated"
+        env.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -226,6 +237,19 @@ def test_gymnasium_makes_a_simulators_task() -> None:
         ({"distraction": "video_hard", "videos": "/no/such/folder"}, "/no/such/folder"),
         ({"distraction": "video_hard", "videos": ""}, "no video folder ''; give a folder"),
         ({"videos": "/no/such/folder"}, "/no/such/folder"),
+        (
+            {"action_chunk": 26},
+            "action_chunk is 26, but an episode of toy/reach ends after 25 actions",
+        ),
+        (
+            {"action_chunk": 4, "action_repeat": 10},
+            r"after 3 actions \(25 control steps, 10 to an a",
+        ),
+        (
+            {"id": "dmc/walker-walk", "action_chunk": 251},
+            r"after 250 actions \(1000 control steps, 4",
+        ),
+        ({"id": "gym/Pendulum-v1", "action_chunk": 201}, "ends after 200 actions"),
         (
             {"id": "toy/balance", "end_at_success": True},
             "toy/balance does not tell whether it is solved",

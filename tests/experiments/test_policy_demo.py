@@ -86,6 +86,10 @@ def test_it_shows_imitates_fine_tunes_compares_and_goes_on(
         ({"episodes": 0}, "--episodes is 0; give at least 1"),
         ({"env": "toy/reachh"}, "reach"),
         ({"action-chunk": 0}, "action_chunk is 0"),
+        (
+            {"action-chunk": 13},
+            "action_chunk is 13, but an episode of toy/reach ends after 12 actions",
+        ),
         ({"episode-length": 0}, "episode_length is 0"),
         ({"workers": -1}, "workers -1"),
         ({"preset": "cpus"}, "unknown preset 'cpus'"),
