@@ -156,15 +156,15 @@ def show_dataset(given: Namespace) -> None:
             plot, np.asarray(episode.actions), episode.rewards, success=episode.infos.get("success"), title=title
         )  # fmt: skip
         written = [plot]
-        has_pictures = settings["observation"] != "state"
-        if has_pictures:
+        pictures = shown_pictures(episode.observations)
+        if pictures is not None:
             write_film(file, dataset_moments(episode), f"episode {number}", fps, given.scale)
             written.insert(0, file)
         total, success = float(np.sum(episode.rewards)), episode.infos.get("success")
         shown.append(
             Shown(
                 number, episode.seed, len(episode.rewards), total, first_solved(success), success is not None,
-                strip(_pictures(episode)) if has_pictures else None, file.name if has_pictures else None, plot.name,
+                None if pictures is None else strip(pictures), None if pictures is None else file.name, plot.name,
             )
         )  # fmt: skip
         print(
@@ -183,15 +183,27 @@ def dataset_moments(episode: Episode) -> Iterator[Moment]:
     rewards = [0.0, *map(float, episode.rewards)]
     solved = np.maximum.accumulate(episode.infos.get("success", np.zeros(len(rewards))))
     totals = np.cumsum(rewards)
-    for step, picture in enumerate(_pictures(episode)):
+    pictures = shown_pictures(episode.observations)
+    assert pictures is not None
+    for step, picture in enumerate(pictures):
         frame = np.ascontiguousarray(picture[-3:].transpose(1, 2, 0))
         yield Moment(frame, None, step, rewards[step], float(totals[step]), bool(solved[step]))
 
 
-def _pictures(episode: Episode) -> np.ndarray:
-    """Return what a data set's episode shows, uint8 [T + 1, 3 * k, H, W]."""
-    seen: Any = episode.observations
-    return np.asarray(seen["pixels"] if isinstance(seen, Mapping) else seen)
+def shown_pictures(observations: Any) -> np.ndarray | None:
+    """Return what a data set's episode shows, uint8 [T + 1, C, H, W], the newest picture last; None without any.
+
+    Of several views the newest pictures lie side by side, in the order of their names.
+    """
+    parts = dict(observations) if isinstance(observations, Mapping) else {"": observations}
+    arrays = {name: np.asarray(part) for name, part in sorted(parts.items())}
+    views = [array for array in arrays.values() if array.dtype == np.uint8 and array.ndim == 4]
+    if len(views) < 2:
+        return views[0] if views else None
+    height = max(view.shape[2] for view in views)
+    room = [((0, 0), (0, 0), (0, height - view.shape[2]), (0, 0)) for view in views]
+    newest = [np.pad(view[:, -3:], width) for view, width in zip(views, room, strict=True)]
+    return np.concatenate(newest, axis=3)
 
 
 def film_files(

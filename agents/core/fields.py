@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,24 @@ def observation_boxes(space: gym.Space) -> dict[str, gym.spaces.Box]:
             raise UserError(f"the replay stores Box observations; '{name}' is {part}")
         boxes[name] = part
     return boxes
+
+
+def refuse_other_parts(boxes: Mapping[str, gym.spaces.Box], agent: str) -> None:
+    """Refuse parts of an observation beside `pixels` and `state`, which an agent would not look at.
+
+    Args:
+        boxes: of `observation_boxes`.
+        agent: what it is called.
+
+    Raises:
+        UserError: names them.
+    """
+    others = sorted(set(boxes) - {"pixels", "state"})
+    if others:
+        raise UserError(
+            f"{agent} learns from 'pixels' and 'state', and has no use for {', '.join(map(repr, others))}; leave these "
+            "parts out of the observation, or give another agent"
+        )
 
 
 def is_image(space: gym.Space) -> bool:

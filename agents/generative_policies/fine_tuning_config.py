@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from agents.core.errors import UserError
-from agents.on_policy.config import Ranges, at_least_one, not_negative, positive
+from agents.on_policy.config import Ranges, at_least_one, check_ranges, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,4 @@ class FineTuningConfig:
 
     def __post_init__(self) -> None:
         """Reject values that the agent cannot run with; an algorithm's config adds its own `RANGES`."""
-        for owner in reversed(type(self).__mro__):
-            for names, fits, wanted in vars(owner).get("RANGES", ()):
-                for name in names.split():
-                    if not fits(getattr(self, name)):
-                        raise UserError(f"{name} is {getattr(self, name)}; give {wanted}")
+        check_ranges(self)

@@ -10,6 +10,7 @@ Differences from the paper's code:
   steps, and the average of the parameters calms the policy as the decay does.
 - Chunks begin with the action at the newest picture; there they begin at the oldest one of the stack.
 - A stack's pictures lie h actions apart, as an environment of chunks shows them; there they are neighbors.
+- Only pictures stack: the policy sees the newest state alone; there it sees the last two.
 - Random shifts (DrQ) instead of random crops; the picture keeps its size.
 - Actions past an episode's end are not learned unless `mask_padding` is off; there the last one is repeated.
 - Actions are those of the task, in [-1, 1], and not stretched to the range of the data.
@@ -17,9 +18,10 @@ Differences from the paper's code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -37,6 +39,7 @@ from agents.core.saliency import frame_saliency, input_gradient
 from agents.generative_policies.gaussian import GaussianConfig, GaussianPolicy
 from agents.generative_policies.parts import DenoisingConfig
 from agents.generative_policies.policy import DenoisingPolicy
+from agents.on_policy.config import Ranges, at_least_one, check_ranges, not_negative
 
 ChunkPolicy = DenoisingPolicy | GaussianPolicy
 
@@ -65,14 +68,16 @@ class LearningConfig:
     """Learn only actions that were taken, not the last one repeated beyond an episode's end (ACT; Diffusion Policy
     learns these too)."""
 
+    RANGES: ClassVar[Ranges] = (
+        ("batch_size", at_least_one, "a positive number"),
+        ("learning_rate max_gradient_norm", lambda value: 0 < value < math.inf, "a positive number"),
+        ("weight_decay warmup pad ema_power", not_negative, "0 or more"),
+        ("ema_decay", lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         """Reject values that nothing can be learned with."""
-        for name in ("batch_size", "learning_rate", "max_gradient_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
-        for name in ("weight_decay", "warmup", "pad"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,7 @@ class DenoisingImitationConfig(DenoisingConfig):
     """Pairs of noise and time for each sample of a batch, which share one pass through the encoder (BEHAVIOR 2025's
     winner 15)."""
 
-    def __post_init__(self) -> None:
-        """Reject values that no policy can be built with."""
-        super().__post_init__()
-        if self.draws < 1:
-            raise UserError(f"draws is {self.draws}; give a positive number")
+    RANGES: ClassVar[Ranges] = (("draws", at_least_one, "a positive number"),)
 
 
 DIFFUSION_POLICY = DenoisingImitationConfig(

@@ -11,7 +11,8 @@ x = L u. L is lower triangular, so the first coordinates of u are those of the f
 the others at x_U + R_UO R_OO^-1 (what x_O was moved by): conditional inpainting, with nothing to be added.
 
 **Differences from the authors' code:** the correlation, not the covariance of per-step normalized actions, so that
-noise keeps spread 1 everywhere; actions are not deltas unless the task's are.
+noise keeps spread 1 everywhere; actions are not deltas unless the task's are; a step in which one of the others would
+move by more than 1 leaves them all unmoved there, and here they always follow.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ Differences from the authors' code, beside those of `fine_tuning`:
 - The start of a chain, which no parameter changes, is left out of the log-probability.
 - The noise's upper bound falls in a straight line, by agent steps, and only between rollouts.
 - The noise network has no share in the encoder's gradient.
+- By default the noise does not decay, and the policy learns from the first rollout on: there the critic learns alone
+  before (`critic_warmup`), and values begin with an optimistic bias, which there is none of here.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from agents.core.augmentations import (
 )
 from agents.core.encoders import EncoderName, PixelEncoder
 from agents.core.errors import UserError
-from agents.core.fields import observation_boxes
+from agents.core.fields import observation_boxes, refuse_other_parts
 from agents.core.greedy import GreedyPolicy
 from agents.core.networks import Trunk, TwinQ, gradient_norm, polyak_update
 from agents.core.pictures import newest_frames
@@ -198,6 +198,7 @@ class ActorCritic(Agent):
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.updates = 0
         spaces = observation_boxes(observation_space)
+        refuse_other_parts(spaces, type(self).__name__)
         self.crop = self.pad = 0
         if "pixels" in spaces:
             spaces["pixels"] = self._cropped(spaces["pixels"])

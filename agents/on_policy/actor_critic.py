@@ -34,7 +34,7 @@ from agents.core.agent import Observation, OnPolicyAgent, ReplaySettings
 from agents.core.augmentations import random_shift
 from agents.core.distributions import Categorical, Gaussian, Policy
 from agents.core.errors import UserError
-from agents.core.fields import Field, observation_boxes
+from agents.core.fields import Field, observation_boxes, refuse_other_parts
 from agents.core.greedy import GreedyPolicy
 from agents.core.normalizers import RewardScale
 from agents.core.pictures import overlay_grid
@@ -129,6 +129,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = np.random.default_rng(seed)
         spaces = observation_boxes(observation_space)
+        refuse_other_parts(spaces, type(self).__name__)
         self.pad = 0
         if "pixels" in spaces and config.pad:
             self.pad = max(1, round(config.pad * spaces["pixels"].shape[-1] / 84))

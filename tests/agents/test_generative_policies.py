@@ -407,6 +407,9 @@ def test_a_gaussian_policys_loss_is_its_negative_log_likelihood() -> None:
         policy.log_std.copy_(torch.randn(H, A) - 2)
     seen, chunk = states(), torch.rand(5, H, A) * 2 - 1
     mean, std = policy(seen)
+    lowest = torch.tensor(policy.config.smallest_std).log()
+    softplus = torch.nn.functional.softplus(policy.log_std - lowest)
+    torch.testing.assert_close(std, (lowest + softplus).exp())
     assert std.min() >= policy.config.smallest_std
     reference = -torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(chunk)
     torch.testing.assert_close(policy.loss(seen, chunk, generator()), reference.mean((1, 2)))
@@ -495,6 +498,13 @@ def test_every_distribution_of_times_has_its_own_numbers(
         ({"prediction": "noise"}, "predict x0, v or velocity"),
         ({"inpaint_until": 2.0}, "inpaint_until is 2.0"),
         ({"start_noise": -1.0}, "start_noise is -1.0"),
+        ({"start_noise": math.inf}, "start_noise is inf"),
+        ({"min_std": math.inf}, "min_std is inf"),
+        ({"rule": "posterior", "noise_level": math.nan}, "noise_level is nan"),
+        ({"clip_x0": math.inf}, "clip_x0 is inf; give 0 or more"),
+        ({"inpaint_until": math.nan}, "inpaint_until is nan"),
+        ({"times": "logit_normal", "times_first": math.nan}, "times_first is nan; give a finite"),
+        ({"times": "beta", "times_second": math.inf}, "times_second is inf; give a finite"),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(changes: dict[str, Any], said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,15 @@ def test_numbers_that_are_not_finite_stop_learning_by_name(tmp_path: Path) -> No
         match=r"(gradient/norm|loss/imitation) is nan at gradient step 4.*--learning-rate",
     ):
         running.run()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "weight_decay", "max_gradient_norm", "ema_decay", "ema_power"]
+)
+def test_numbers_that_nothing_can_be_learned_with_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{name} is {value}; give"):
+        make("flow-policy", **{name: value})
 
 
 def test_a_chunk_longer_than_every_episode_is_refused() -> None:

@@ -286,6 +286,16 @@ def test_where_it_looks_needs_no_base() -> None:
     assert make().saliency(observation(STATE), torch.zeros(8, 2)) is None
 
 
+def test_parts_that_it_would_not_look_at_are_refused() -> None:
+    view = gym.spaces.Box(0, 255, (3, 24, 24), np.uint8)
+    word = gym.spaces.Box(-1, 1, (4,), np.float32)
+    space = gym.spaces.Dict({"front": view, "wrist": view, "state": STATE, "language": word})
+    with pytest.raises(UserError, match="has no use for 'front', 'language', 'wrist'; leave these"):
+        make(space)
+    with pytest.raises(UserError, match="PPO learns from 'pixels' and 'state'"):
+        make_agent("ppo", space, ACTION)
+
+
 def test_the_replay_keeps_the_base_action_as_a_part_of_the_observation() -> None:
     for space, names in ((PIXELS, {"pixels"}), (STATE, {"state"}), (BOTH, {"pixels", "state"})):
         stored = make(space).stored_space(space, ACTION)
