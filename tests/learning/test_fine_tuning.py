@@ -13,7 +13,7 @@ import functools
 import pytest
 import torch
 
-from agents.generative_policies import dppo
+from agents.core.sampling import Sampler
 from agents.generative_policies.fpo import FPO
 from tests.learning.fine_tuning import score, train, weak_base
 
@@ -82,14 +82,33 @@ def test_the_credit_of_other_decisions_teaches_nothing(name):
     assert fine_tune(name, shuffled_credit=True) < NOT_BETTER
 
 
-def test_dppo_without_its_denoising_steps_only_imitates_its_base(monkeypatch):
-    monkeypatch.setattr(dppo, "ppo_clip", lambda log_ratio, advantage, clip: 0 * log_ratio)
-    assert fine_tune("dppo", bc_coefficient=0.1) < NOT_BETTER
+def test_dppo_whose_steps_are_judged_at_each_others_times_does_not_learn(monkeypatch):
+    """The first of the learned steps at the last one's time, and the other way round.
+
+    At the seeds 0, 1 and 2: 11.0, 16.5 and 17.1.
+    """
+    right = Sampler.log_prob
+
+    def mistaken(self, denoise, x, after, index, condition, **more):
+        other = index.min() + index.max() - index
+        return right(self, denoise, x, after, other, condition, **more)
+
+    monkeypatch.setattr(Sampler, "log_prob", mistaken)
+    assert fine_tune("dppo") < NOT_BETTER
 
 
-def test_fpo_without_the_difference_of_losses_learns_nothing(monkeypatch):
-    right = FPO.log_ratio
-    monkeypatch.setattr(FPO, "log_ratio", lambda self, old, new: 0 * right(self, old, new))
+def test_fpo_whose_losses_are_of_other_noise_and_times_than_before_does_not_learn(monkeypatch):
+    """The ratio then tells draws apart, not policies. At the seeds 0, 1 and 2: 13.3, 6.8 and 7.6."""
+    right = FPO.policy_loss
+
+    def fresh(self, observation, extras, advantage):
+        noise = torch.randn(extras["noise"].shape, generator=self.generator)
+        times = self.policy.training_times(
+            tuple(extras["time"].shape), self.generator, device=self.device
+        )
+        return right(self, observation, extras | {"noise": noise, "time": times}, advantage)
+
+    monkeypatch.setattr(FPO, "policy_loss", fresh)
     assert fine_tune("fpo++") < NOT_BETTER
 
 

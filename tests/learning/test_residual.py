@@ -11,6 +11,7 @@ Return, and the share of 100 episodes that end on the target, at the seeds 0, 1 
 | 450 | success alone | 22.4, 22.4, 22.4 | 98%, 98%, 98% |
 | 450 | success, half of each batch from 10 demonstrations | 23.0, 22.7, 22.9 | 100%, 100%, 100% |
 | 800 | the task's reward, with the actor's wrong sign | 14.9, 13.5, 13.5 | 0%, 0%, 0% |
+| 800 | the task's reward, the residual judged as if it were the action | 19.1, 19.2, 19.7 | 37%, 30%, 43% |
 """
 
 import functools
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from agents.off_policy import residual
+from agents.off_policy.residual import ResFiT
 from tests.learning.residual import score, train, wrong_base
 
 BETTER, SOLVED = 21.5, 0.8
@@ -57,10 +59,19 @@ def test_the_wrong_sign_is_worse_than_its_base(monkeypatch):
     assert solved == 0
 
 
-def test_without_a_residual_it_stays_its_base():
-    np.testing.assert_allclose(
-        score(train(base(), steps=300, residual_scale=0.0)), score(base()), atol=1e-5
-    )
+def test_a_residual_that_is_judged_without_the_bases_action_does_not_mend_it(monkeypatch):
+    right, now = residual.combined, ResFiT.policy
+
+    def acts_as_ever(self, features, *, explore):
+        with monkeypatch.context() as patch:
+            patch.setattr(residual, "combined", right)
+            return now(self, features, explore=explore)
+
+    monkeypatch.setattr(ResFiT, "policy", acts_as_ever)
+    monkeypatch.setattr(residual, "combined", lambda base, change: right(0 * base, change))
+    total, solved = score(train(base(), steps=800))
+    assert total < 20.5
+    assert solved < 0.6
 
 
 @pytest.mark.slow
