@@ -6,8 +6,10 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from envs.experts import Expert, scripted_expert
 from envs.registry import TaskSpec, get_spec
 from envs.settings import Settings
 from wrappers.distraction.presets import make_distraction
@@ -66,6 +68,7 @@ class Environment(Pixels):
         )
         self.settings = settings.as_dict()
         self._first_seed = settings.seed
+        self._script: Expert | None = None
         if is_seen:
             _ = self.view  # tells of an unknown camera now; GL is not touched yet
         if adapter.spec is None:
@@ -77,6 +80,16 @@ class Environment(Pixels):
     def spec(self) -> EnvSpec | None:  # type: ignore[override]  # as in Gymnasium's own wrappers
         """How Gymnasium makes this environment again: all of it, so that no wrapper is listed."""
         return self.unwrapped.spec
+
+    def scripted_action(self) -> np.ndarray:
+        """Return what the task's script would do next, an action of this environment's space.
+
+        Raises:
+            UserError: the task has none.
+        """
+        if self._script is None:
+            self._script = scripted_expert(self.settings["id"])
+        return self.foreseen(self._script)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from agents.core.errors import UserError
 from agents.core.imports import import_modules
 from agents.core.settings import argument_docs
 from agents.policy import read_config
+from envs.experts import scripted_expert
 from envs.settings import Settings
 from experiments.data.datasets import (
     Dataset,
@@ -93,18 +94,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("give --env with --random and --expert, and with these alone")
     root = root_folder(given["root"])
     new_path(root, given["dataset"])  # refuse now what cannot be written later
-    returns = rerender(root, given) if given["rerender"] else collect(root, given)
+    outcomes = rerender(root, given) if given["rerender"] else collect(root, given)
+    returns = [one.total for one in outcomes]
+    told = [one.success for one in outcomes if one.success is not None]
+    solved = f"{sum(told)} of {len(told)} succeeded, " if told else ""
     path = root / given["dataset"]
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(
-        f"{len(returns)} episodes, return {np.mean(returns):.1f} ± {np.std(returns):.1f}, "
+        f"{len(returns)} episodes, {solved}return {np.mean(returns):.1f} ± {np.std(returns):.1f}, "
         f"{size / 1e6:.1f} MB in {path}\nread it with minari.load_dataset('{given['dataset']}')"
     )
     return 0
 
 
-def collect(root: Path, given: dict[str, Any]) -> list[float]:
-    """Write a dataset of new episodes and return their returns."""
+class Outcome(NamedTuple):
+    """What an episode came to."""
+
+    total: float
+    """Its return."""
+    success: bool | None
+    """Whether it was ever solved; None where the task does not tell."""
+
+
+def collect(root: Path, given: dict[str, Any]) -> list[Outcome]:
+    """Write a dataset of new episodes and return what they came to."""
     seeds = episode_seeds(given["seed"], given["episodes"] or 10)
     settings, about, make_act = source(given)
     with closing(envs.make(**settings)) as env:
@@ -137,23 +150,17 @@ def source(
     if given["random"]:
         about["source"] = "random"
         return settings, about, lambda env: lambda seen, scene: env.action_space.sample()
-    family, _, task = given["env"].partition("/")
-    if family == "toy":
-        from envs.toy_experts import scripted_expert
-    elif family == "metaworld":
-        from envs.metaworld_experts import scripted_expert  # imports the simulator
-    else:
+    if given["env"].partition("/")[0] not in ("metaworld", "toy"):
         raise UserError(
             f"--expert is for metaworld/ and toy/ tasks, not for {given['env']}; use --random"
         )
-
-    expert = scripted_expert(task)
+    expert = scripted_expert(given["env"])
     about["source"] = "expert"
     return settings, about, lambda env: lambda seen, scene: expert(scene["state"])
 
 
-def rerender(root: Path, given: dict[str, Any]) -> list[float]:
-    """Write a dataset with the episodes of another, drawn anew, and return their returns."""
+def rerender(root: Path, given: dict[str, Any]) -> list[Outcome]:
+    """Write a dataset with the episodes of another, drawn anew, and return what they came to."""
     dataset = Dataset(root, given["rerender"])
     imports = import_for_run(dataset.about, given["imports"], source="the dataset")
     # What a protocol fixes stands in the settings; its name would forbid another size or camera.
@@ -174,14 +181,16 @@ def write(
     about: dict[str, Any],
     episodes: Any,
     count: int,
-) -> list[float]:
-    """Write episodes as they come and return their returns."""
-    returns = []
+) -> list[Outcome]:
+    """Write episodes as they come and return what they came to."""
+    outcomes = []
     with DatasetWriter(root, dataset, env, about) as writer:
         for episode in tqdm(episodes, total=count, unit="episode", disable=None, leave=False):
             writer.add(episode)
-            returns.append(float(np.sum(episode.rewards)))
-    return returns
+            success = episode.infos.get("success")
+            solved = None if success is None else bool(np.max(success) > 0)
+            outcomes.append(Outcome(float(np.sum(episode.rewards)), solved))
+    return outcomes
 
 
 def changed(

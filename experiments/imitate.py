@@ -29,6 +29,7 @@ from experiments.collect import changed
 from experiments.running.arguments import Parser, add_dataclass, fill, run_command
 from experiments.running.imports import add_import_flag, import_for_run
 from experiments.running.settings import VectorSettings, check_device, loop_settings
+from experiments.sessions.bases import refuse_idle
 from experiments.sessions.demonstrations import (
     add_dataset_flags,
     check_observation,
@@ -160,6 +161,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     sources = (find_preset(given["preset"], device), given)
     loop = fill(loop_settings(given["agent"]), *sources)
     configs = [fill(config, *sources) for config in find(given["agent"]).configs]
+    refuse_idle(configs[0], given)
     return {
         "schema": SCHEMA,
         "agent": given["agent"],

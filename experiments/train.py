@@ -6,6 +6,7 @@
     python -m experiments.train --agent ppo --env dmc/walker-walk --teacher runs/dmc-walker-walk/drqv2-seed1
     python -m experiments.train --agent dppo --env metaworld/drawer-open --base runs/drawer/flow-policy-seed1
     python -m experiments.train --agent reinflow --base RUN --teacher OTHER --guidance 1 --guidance-decay 20000
+    python -m experiments.train --agent dppo --env metaworld/drawer-open --teacher expert --guidance 0.5
     python -m experiments.train --agent resfit --env metaworld/drawer-open --base RUN --dataset drawer/expert-v0
     python -m experiments.train --import mypackage --agent mine --env mine/task
 
@@ -56,7 +57,7 @@ from experiments.running.settings import (
     protocol_values,
     read_loop,
 )
-from experiments.sessions.bases import chunks_of_the_task, find_base, refuse_unused
+from experiments.sessions.bases import chunks_of_the_task, find_base, refuse_idle, refuse_unused
 from experiments.sessions.demonstrations import add_dataset_flags, new_demonstrations
 from experiments.sessions.frozen_bases import find_frozen_base
 from experiments.sessions.imitation import ImitationSession
@@ -107,8 +108,9 @@ def parser(agent: str) -> Parser:
     p.add_argument("--label", metavar="NAME",
                    help="what reports call this method, such as a variant of an agent [the agent's name]")  # fmt: skip
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
-    p.add_argument("--teacher", type=Path, metavar="RUN|ZIP",
-                   help="learn from what this run's policy, or a zip of Stable-Baselines3, would do, too")  # fmt: skip
+    p.add_argument("--teacher", type=Path, metavar="RUN|ZIP|expert",
+                   help="learn from what this run's policy, a zip of Stable-Baselines3, or the task's own script "
+                        "(expert: metaworld/ and toy/) would do, too")  # fmt: skip
     p.add_argument("--replay-storage", default="auto", choices=("auto", "device", "ram", "mmap"),
                    help="where the replay lies; auto: device, else RAM, else a file [auto]")  # fmt: skip
     if spec.fine_tunes:
@@ -241,6 +243,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
             if base is None
             else base.policy_config(spec, given, task.action_chunk)
         )
+        refuse_idle(configs[1], given)
     return {
         "schema": SCHEMA,
         "agent": given["agent"],
@@ -323,6 +326,8 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> tuple[Path, di
     config["threads"] = given["threads"] or config.get("threads")
     config["compile"] = given.get("compile", config.get("compile", "off"))
     if given.get("teacher"):
+        if "script" in config["teacher"]:
+            raise UserError("the teacher of this run is its task's script; leave --teacher out")
         config["teacher"]["path"] = str(given["teacher"].resolve())
     if given.get("root"):
         config["demonstrations"]["root"] = str(given["root"].expanduser().resolve())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
@@ -203,6 +204,31 @@ class Pixels(gymnasium.Wrapper):
         self._frames.extend(state["frames"].copy())
         self._state = state["state"].copy()
         self._has_begun = True
+
+    def foreseen(self, act: Callable[[np.ndarray], Any]) -> np.ndarray:
+        """Return the next action of somebody who looks at the state before every single one.
+
+        For a chunk of actions the simulator goes on and comes back: nothing is drawn, and what follows does not differ.
+        Actions behind an episode's end repeat the last one.
+
+        Args:
+            act: from a state observation to an action; without a memory.
+        """
+        self._check_begun()
+        actions = [np.asarray(act(self._state))]
+        if self.action_chunk == 1:
+            return actions[0]
+        before = self.env.get_wrapper_attr("get_state")()
+        ended = False
+        while len(actions) < self.action_chunk:
+            for _ in range(self.action_repeat):
+                if not ended:
+                    state, _, terminated, truncated, info = self.env.step(actions[-1])
+                    solved = self._end_at_success and info.get("success", 0.0) > 0
+                    ended = terminated or truncated or solved
+            actions.append(actions[-1] if ended else np.asarray(act(state)))
+        self.env.get_wrapper_attr("set_state")(before)
+        return np.stack(actions)
 
     def get_scene(self) -> dict[str, Any]:
         """Return the part of `get_state` that is there however it is seen: simulator and state observation."""

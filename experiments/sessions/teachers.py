@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ from agents.core.errors import UserError
 from agents.off_policy.residual import ResFiT
 from agents.policy import Actor, read_config, space_to_json
 from agents.registry import find
+from envs.experts import scripted_expert
 from experiments.evaluating.baseline_policy import is_zip
 from experiments.running.imports import import_for_run
 
@@ -25,15 +27,18 @@ FLAGS = (
     "teacher_coefficient", "teacher_decay", "guidance", "guidance_decay", "guided_decisions",
 )  # fmt: skip
 """Fields of the configs of agents that can be taught."""
+SCRIPT = "expert"
+"""The teacher's name where it is the task's own script."""
 
 
 def new_teacher(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what config.json holds of the teacher that the flags name; nothing without one.
 
     Raises:
-        UserError: the agent cannot be taught, or the flags say how by nobody.
+        UserError: the agent cannot be taught, the flags say how by nobody, or the task has no script.
     """
-    if given.get("teacher") is None:
+    teacher = given.get("teacher")
+    if teacher is None:
         for name in FLAGS:
             if name in given:
                 flag = name.replace("_", "-")
@@ -46,7 +51,31 @@ def new_teacher(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise UserError(
             f"--teacher is for agents that learn from one ({able}), not {given['agent']}"
         )
-    return {"teacher": {"path": str(Path(given["teacher"]).resolve())}}
+    if str(teacher) == SCRIPT:
+        scripted_expert(given["env"])  # tells of a task without one
+        return {"teacher": {"script": given["env"]}}
+    return {"teacher": {"path": str(Path(teacher).resolve())}}
+
+
+class ScriptedTeacher:
+    """The task's own script, which acts on what the simulator knows, whatever the student sees.
+
+    Args:
+        envs: the run's vector environment.
+    """
+
+    state: None = None
+    """It remembers nothing."""
+
+    def __init__(self, envs: Any) -> None:
+        self.envs = envs
+
+    def begin(self, begins: np.ndarray | None = None) -> None:
+        """Do nothing; see `Actor.begin`."""
+
+    def act(self, observation: Any) -> np.ndarray:
+        """Return what the script would do in the environments as they are now; see `Actor.act`."""
+        return np.stack(self.envs.call("scripted_action"))
 
 
 def _can_be_taught(agent: str) -> bool:

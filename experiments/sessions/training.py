@@ -49,7 +49,7 @@ from experiments.running.estimates import (
 from experiments.running.runs import write_json
 from experiments.running.settings import control_steps, read_loop
 from experiments.sessions.bases import begin_from_base
-from experiments.sessions.teachers import load_teacher
+from experiments.sessions.teachers import ScriptedTeacher, load_teacher
 from wrappers.vector import SuccessReward
 
 
@@ -86,9 +86,13 @@ class Session:
         self._prepare(seeds)
         if config.get("reward", "task") == "success":  # older runs say nothing
             self.envs = SuccessReward(self.envs)
-        self.teacher: Actor | None = None
+        self.teacher: Actor | ScriptedTeacher | None = None
         if about := config.get("teacher"):
-            self.teacher = load_teacher(about, space, action_space, config["device"])
+            self.teacher = (
+                ScriptedTeacher(self.envs)
+                if "script" in about
+                else load_teacher(about, space, action_space, config["device"])
+            )
         flag = "--minibatch-size" if self.spec.on_policy else "--batch-size"
         check_batch(self.agent.replay_settings.batch_size, space, config["device"], flag)
         self.replay = make_store(

@@ -93,6 +93,19 @@ def test_the_same_command_collects_the_same_episodes(load: Any, root: Path) -> N
     assert not np.array_equal(a.observations[0], c.observations[0])
 
 
+def test_how_many_episodes_succeeded_is_said_where_the_task_tells(
+    load: Any, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script that has the time succeeds; one that has a single step does not."""
+    flags = ["--expert", "--env", "toy/reach", "--observation", "state", "--episodes", "2"]
+    for name, length, said in (("long", "25", "2 of 2"), ("short", "1", "0 of 2")):
+        assert main([f"reach/{name}-v0", *flags, "--episode-length", length]) == 0
+        assert f"2 episodes, {said} succeeded, return " in capsys.readouterr().out
+    untold = ["--random", "--env", "toy/balance", "--observation", "state", "--episodes", "1"]
+    assert main(["balance/random-v0", *untold]) == 0
+    assert "1 episodes, return " in capsys.readouterr().out
+
+
 def test_folders_may_be_relative(load: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root.parent)
     assert main(["reach/relative-v0", *RANDOM, "--root", root.name]) == 0

@@ -279,8 +279,13 @@ def test_broken_data_is_refused_by_name(
         ({"dataset": "reach/expret-v0"}, "did you mean reach/expert-v0"),
         (
             {"action_chunk": 13, "horizon": 16},
+            "action_chunk is 13, but an episode of toy/reach ends after 12 actions",
+        ),
+        (
+            {"action_chunk": 13, "horizon": 16, "episode_length": 20},
             "a chunk of 13 actions is longer than the longest episode",
         ),
+        ({"inpaint_until": 0.5}, "--inpaint-until is given, but without --inpaint it changes"),
         ({"horizon": 3}, "horizon is 3, but the task executes chunks of 4"),
         ({"agent": "drq"}, "agent 'drq' does not learn from demonstrations alone"),
         ({"agent": "flow-polcy"}, "did you mean flow-policy"),
@@ -484,6 +489,24 @@ def test_a_dataset_is_shown_as_films_and_plots(
     assert "unknown dataset 'x-v0'" in refused_by(
         record.main, capsys, ["--dataset", "x-v0", "--root", made]
     )
+
+
+def test_several_views_are_shown_side_by_side() -> None:
+    """The newest picture of each, in the order of their names; the lower ones end in black."""
+    wrist = np.full((3, 6, 4, 5), 7, np.uint8)
+    wrist[:, :3] = 1  # the older one
+    front = np.full((3, 3, 6, 2), 9, np.uint8)
+    state = np.zeros((3, 4), np.float32)
+    shown = record.shown_pictures({"wrist": wrist, "state": state, "front": front})
+    assert shown is not None
+    assert shown.shape == (3, 3, 6, 7)
+    assert (shown[..., :2] == 9).all()
+    assert (shown[:, :, :4, 2:] == 7).all()
+    assert (shown[:, :, 4:, 2:] == 0).all()
+    assert np.array_equal(record.shown_pictures({"wrist": wrist, "state": state}), wrist)
+    assert np.array_equal(record.shown_pictures(wrist), wrist)
+    assert record.shown_pictures({"state": state}) is None
+    assert record.shown_pictures(state) is None
 
 
 def test_a_dataset_of_states_has_plots_only(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,11 @@ def test_how_losses_draw_their_times_is_the_successors_choice(runs: Path, tmp_pa
         ("reinflow", {"noise_level": 0.5}, "--noise-level is 0.5, but reinflow has no use for it"),
         ("reinflow", {"min_std": 0.1}, "--min-std is 0.1, but reinflow has no use for it"),
         ("fpo", {"inpaint_until": 0.5}, "--inpaint-until is 0.5, but fpo has no use for it"),
+        ("gaussian-ppo", {"rule": "heun"}, "--rule is heun, but gaussian-ppo has no use for it"),
+        ("gaussian-ppo", {"noise_level": 0.5}, "--noise-level is 0.5, but gaussian-ppo has no"),
+        ("gaussian-ppo", {"min_std": 0.1}, "--min-std is 0.1, but gaussian-ppo has no use for it"),
+        ("gaussian-ppo", {"start_noise": 1.0}, "--start-noise is 1.0, but gaussian-ppo has no use"),
+        ("gaussian-ppo", {"inpaint_until": 0.5}, "--inpaint-until is 0.5, but gaussian-ppo has no"),
     ],
 )
 def test_flags_that_an_agent_has_no_use_for_are_refused(
@@ -197,11 +203,53 @@ def test_flags_that_an_agent_has_no_use_for_are_refused(
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"train_steps": 30}, "--train-steps is given, but without --path diffusion it changes"),
+        ({"times_first": 2.0}, "--times-first is given, but without other --times than uniform"),
+        ({"denoiser": "unet", "width": 16}, "--width is given, but without --denoiser mlp or dit"),
+        ({"channels": (8, 8)}, "--channels is given, but without --denoiser unet it changes"),
+        ({"heads": 2}, "--heads is given, but without --denoiser dit"),
+        ({"denoiser": "dit", "time_features": 8}, "without --denoiser mlp or unet it changes"),
+    ],
+)
+def test_flags_that_count_only_with_others_are_refused_without_them(
+    flags: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments("fpo", "toy/reach", tmp_path / "run", steps=2, **flags)
+    assert said in refused(capsys, words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [{"action_chunk": 26}, {"action_chunk": 14, "action_repeat": 2}])
+def test_chunks_longer_than_an_episode_are_refused(
+    flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The task's own limit counts, too: 25 control steps."""
+    flags = {"action_repeat": 1} | flags
+    words = arguments("dppo", "toy/reach", tmp_path / "run", steps=2, **flags)
+    assert "but an episode of toy/reach ends after" in refused(capsys, words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_reinflow_takes_euler_steps_whatever_its_base_took(runs: Path, tmp_path: Path) -> None:
     base = runs / "diffusion-policy"
     assert read_config(base)["configs"]["DenoisingImitationConfig"]["rule"] == "posterior"
     run = train("reinflow", "toy/reach", tmp_path / "run", steps=2, base=base)
     assert read_config(run)["configs"]["DenoisingConfig"]["rule"] == "euler"
+
+
+def test_gaussian_ppos_config_tells_of_no_noise_whatever_its_base_had(
+    runs: Path, tmp_path: Path
+) -> None:
+    base = runs / "diffusion-policy"
+    assert read_config(base)["configs"]["DenoisingImitationConfig"]["start_noise"] == 1.0
+    run = train("gaussian-ppo", "toy/reach", tmp_path / "run", steps=2, base=base)
+    config = read_config(run)["configs"]["DenoisingConfig"]
+    assert [config[name] for name in ("rule", "noise_level", "min_std", "start_noise")] == [
+        "euler", 0.0, 0.0, 0.0,
+    ]  # fmt: skip
 
 
 def test_correlated_noise_needs_demonstrations(
@@ -289,13 +337,38 @@ def grid_words(runs: Path, tmp_path: Path, *more: object) -> list[str]:
     return [str(word) for word in (*words, *more)]
 
 
+@pytest.mark.parametrize(
+    ("methods", "wanted"),
+    [
+        (["--agents", "dppo", "fpo"], False),
+        (["--agents", "dppo", "fpo++"], True),
+        (["--variant", "quiet", "fpo --start-noise 0"], True),
+        (["--agents", "fpo++", "--", "--start-noise", "1"], False),
+        (["--agents", "resfit"], False),
+    ],
+)
+def test_a_base_is_evaluated_from_zero_noise_where_an_agent_is(
+    methods: list[str], wanted: bool, runs: Path
+) -> None:
+    given = benchmark.parser().parse_args(["--base", str(runs / "flow-policy"), *methods])
+    base = benchmark.base_job(given)
+    given.envs = [base.env]
+    assert benchmark.grid(given, base)[0].zero_noise is wanted
+    if wanted:
+        assert set(replace(base, zero_noise=True).evaluations) == {
+            "benchmark",
+            "benchmark-zero-noise",
+        }
+        assert not benchmark.draws_from_noise(replace(base, agent="bc", folder=runs / "bc"))
+
+
 def test_a_grid_begins_with_the_base_and_gives_it_to_all_others(runs: Path, tmp_path: Path) -> None:
     given = benchmark.parser().parse_args(grid_words(runs, tmp_path))
     base = benchmark.base_job(given)
     assert (base.label, base.env, base.seed) == ("flow-policy", "toy/reach", 3)
     given.envs = [base.env]
     first, *others = benchmark.grid(given, base)
-    assert first is base
+    assert first == replace(base, zero_noise=True), "gaussian-ppo acts so"
     assert [job.label for job in others] == ["gaussian-ppo", "dppo"]
     assert {job.flags for job in others} == {("--base", str(runs / "flow-policy"))}
     assert base.archive == tmp_path / "kept" / "toy-reach" / "flow-policy"
@@ -340,10 +413,23 @@ def test_a_grid_from_a_base_is_run_archived_and_reported(runs: Path, tmp_path: P
     assert sorted(folder.name for folder in kept.iterdir()) == names
     with (tmp_path / "out" / "results.csv").open() as handle:
         agents = {row["agent"] for row in csv.DictReader(handle)}
-    assert agents == {"flow-policy", "dppo", "gaussian-ppo"}
+    assert agents == {"flow-policy", "flow-policy (zero noise)", "dppo", "gaussian-ppo"}
     before = (kept / "flow-policy" / "evaluations" / "benchmark.json").read_bytes()
     shutil.rmtree(tmp_path / "runs")
     assert benchmark.main(words) == 0, "the archive is enough"
     assert (kept / "flow-policy" / "evaluations" / "benchmark.json").read_bytes() == before
     report = build_report([tmp_path / "kept"], tmp_path / "report")
     assert "flow-policy (base)" in report.read_text()
+    with (tmp_path / "report" / "fine_tuning.csv").open() as handle:
+        told = {row["policy"]: row["base"] for row in csv.DictReader(handle)}
+    without = "flow-policy (base, zero noise)"
+    assert told == {
+        "flow-policy (base)": "", without: "", "dppo": "flow-policy (base)", "gaussian-ppo": without,
+    }  # fmt: skip
+    result = json.loads((kept / "flow-policy" / "evaluations" / "benchmark.json").read_text())
+    digest = read_config(kept / "dppo-seed1")["base"]["digest"]
+    assert digest in result["weights"], "by which the report knows the base"
+    missing = kept / "flow-policy" / "evaluations" / "benchmark-zero-noise.json"
+    missing.unlink()  # as an older grid kept it
+    assert benchmark.main(words) == 0
+    assert json.loads(missing.read_text())["acting"] == {"start_noise": 0.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -21,7 +22,14 @@ from experiments.sessions.teachers import weights_digest
 from experiments.sessions.training import Session
 from experiments.train import main, new_config, parser
 from tests.agents.test_baselines import their_model
-from tests.experiments.helpers import arguments, assert_same_run, metrics, resume, train
+from tests.experiments.helpers import (
+    arguments,
+    assert_same_run,
+    metrics,
+    refused_by,
+    resume,
+    train,
+)
 
 STATE = {"observation": "state", "episode_length": 9}
 
@@ -79,6 +87,56 @@ def test_a_taught_run_resumes_exactly_and_its_teacher_may_have_been_moved(
     resume(parts, steps=56, teacher=tmp_path / "elsewhere")
     assert read_config(parts)["teacher"]["path"] == str(tmp_path / "elsewhere")
     assert_same_run(whole, parts)
+
+
+def test_a_tasks_own_script_teaches_from_the_simulators_state_and_the_run_resumes_exactly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the student sees, and in chunks: what is remembered is where the target lies, step by step."""
+    flags: dict[str, Any] = {
+        "teacher": "expert", "num_envs": 2, "guidance": 0.7, "guided_decisions": 3, "action_chunk": 3,
+        "rollout_length": 5, "episode_length": 9, "observation": "both", "frame_stack": 1,
+    }  # fmt: skip
+    whole = train("fpo", "toy/reach", tmp_path / "whole", steps=36, **flags)
+    parts = train("fpo", "toy/reach", tmp_path / "parts", steps=16, **flags)
+    assert read_config(parts)["teacher"] == {"script": "toy/reach"}
+    again = ["--resume", str(parts), "--steps", "36"]
+    assert main([*again, "--teacher", "expert"]) == 2
+    assert "the teacher of this run is its task's script; leave" in capsys.readouterr().err
+    resume(parts, steps=36)
+    assert_same_run(whole, parts)
+    told = {tag: value for _, tag, value in metrics(whole)}
+    assert 0 < told["policy/guided"] < 1
+    assert "loss/teacher" in told
+    run = tmp_path / "looked-at"
+    words = arguments("fpo", "toy/reach", run, steps=8, **flags | {"rollout_length": 25})
+    config = new_config(vars(parser("fpo").parse_args(words)))
+    make_run_dir(run)
+    begin_run(run, config)
+    with Session(run, config, resume=False) as session:
+        session.train()
+        experience = session.replay.experience()  # type: ignore[attr-defined]
+    for step in range(4):
+        for env in range(2):
+            seen = experience.observation(torch.tensor([2 * step + env]))["state"]
+            action = experience.extras[TEACHER_ACTION][step, env]
+            torch.testing.assert_close(action, seen[:, 2:].expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("agent", "env", "said"),
+    [
+        ("dppo", "dmc/walker-walk", "dmc/walker-walk has no script that knows how it is done"),
+        ("dppo", "toy/recall", "toy/recall has no scripted expert; those of balance, catch, reach"),
+        ("sac", "toy/reach", "--teacher is for agents that learn from one"),
+    ],
+)
+def test_a_script_that_nobody_wrote_is_one_line(
+    agent: str, env: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(agent, env, tmp_path / "run", teacher="expert", observation="state")
+    assert said in refused_by(main, capsys, words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_begins_episodes_of_a_policy_that_denoises_and_the_run_resumes_exactly(
