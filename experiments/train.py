@@ -53,6 +53,7 @@ from experiments.running.settings import (
     control_steps,
     find_preset,
     loop_settings,
+    paper_values,
     preset_discount,
     protocol_values,
     read_loop,
@@ -231,6 +232,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     sources = (
         preset | preset_discount(name, device, control_steps(task.as_dict())),
         protocol,
+        paper_values(given.get("protocol"), given["agent"], given["env"]),
         given,
     )
     loop = fill(loop_settings(given["agent"]), *sources)

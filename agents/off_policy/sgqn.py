@@ -44,7 +44,7 @@ class SGQNConfig(MethodConfig):
 
     quantile: float = 0.95
     """Pixels below this quantile of a frame's saliency are blanked (paper, table 3: .95 walker, finger; .98
-    cartpole, ball_in_cup)."""
+    cartpole, ball_in_cup, which `--protocol dmc-gb` sets)."""
     consistency_weight: float = 0.5
     """Weight of the masked consistency term (published code)."""
     auxiliary_every: int = 2

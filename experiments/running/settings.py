@@ -124,6 +124,13 @@ DISCOUNTS = {"cpu": 0.995}
 """Discounts per control step: DrQ-v2's .99 at its action repeat of 2; .96 at 8."""
 
 
+OF_A_PAPER: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
+    # Bertoin et al. 2022, table 3 (arXiv:2209.09203); the agent's default is that of the other tasks.
+    "dmc-gb": {"sgqn": {"cartpole": {"quantile": 0.98}, "ball_in_cup": {"quantile": 0.98}}},
+}
+"""What the paper of an agent sets for a domain under its protocol; flags go before it."""
+
+
 def find_preset(name: str, device: str, agent: str = "") -> dict[str, Any]:
     """Return a preset's values for an agent; `auto` is `gpu` on CUDA devices and `cpu` elsewhere."""
     name = _resolve(name, device)
@@ -173,6 +180,12 @@ def protocol_values(name: str | None, env: str) -> dict[str, Any]:
         "batch_size": protocol.batch_size,
         "episode_length": spec.episode_length,
     }
+
+
+def paper_values(protocol: str | None, agent: str, env: str) -> dict[str, Any]:
+    """Return what an agent's paper sets for a task under a literature's protocol, as field values."""
+    by_domain = OF_A_PAPER.get(protocol or "", {}).get(agent, {})
+    return by_domain.get(envs.get_spec(env).domain, {}) if by_domain else {}
 
 
 def check_device(device: str) -> str:
