@@ -212,16 +212,20 @@ def _enough(name: str, free: int, limits: tuple[float, float], text: str, advice
 
 def frames(task: str) -> Finding:
     """Time agent steps with their pictures, clean and distracted; the settings are the environments' defaults."""
+    from envs.settings import Settings
+
+    settings = Settings(task).resolved()
     rates = {appearance: frame_rate(task, appearance, SECONDS) for appearance in APPEARANCES}
     listed = ", ".join(f"{rate:,.0f} {appearance}" for appearance, rate in rates.items())
-    return Finding("ok", f"frames {task}", f"frames/s at 84 x 84, fast: {listed}", rates)
+    text = f"frames/s at {settings.size} x {settings.size}, {settings.quality}: {listed}"
+    return Finding("ok", f"frames {task}", text, {**rates, "quality": settings.quality})
 
 
 def frame_rate(task: str, distraction: str, seconds: float) -> float:
-    """Return how many agent steps with a picture (84 x 84, fast) one process takes in a second."""
+    """Return how many agent steps with a picture, by the environments' defaults, one process takes in a second."""
     import envs
 
-    with closing(envs.make(task, distraction=distraction, quality="fast", seed=0)) as env:
+    with closing(envs.make(task, distraction=distraction, seed=0)) as env:
         env.action_space.seed(0)
         env.reset()
         env.step(env.action_space.sample())

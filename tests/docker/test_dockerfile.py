@@ -37,6 +37,9 @@ def texts(hardware: str, keyword: str) -> list[str]:
     return [i.text for i in image(hardware) if i.keyword == keyword]
 
 
+SETUP = 'make setup EXTRAS="$EXTRAS"'
+
+
 def commands(hardware: str) -> list[str]:
     """Return all shell commands that build an image."""
     return [c for i in image(hardware) if i.keyword == "RUN" for c in i.commands]
@@ -105,7 +108,7 @@ def test_all_that_the_installation_reads_is_copied_before_it(hardware: str) -> N
     needed |= {project["project"]["readme"], *project["project"]["license-files"]}
     needed |= {"pyproject.toml", "constraints.txt", "Makefile"}
     steps = [i.text for i in image(hardware)]
-    before = steps[: steps.index("make setup EXTRAS=")]
+    before = steps[: steps.index(SETUP)]
     assert needed <= {word for text in before for word in text.split()}
 
 
@@ -124,9 +127,9 @@ def test_every_step_is_the_makefiles_own(hardware: str) -> None:
         "install --directory --owner=sightline --group=sightline /home/sightline/runs",
     ]
     targets = [c.removeprefix("make ") for c in commands(hardware) if c not in own]
-    assert targets == ["packages", "torch", "setup EXTRAS="]
-    for target in targets:
-        assert " install " in made(*target.split())
+    assert targets == ["packages", "torch", SETUP.removeprefix("make ")]
+    for target in ("packages", "torch", "setup"):
+        assert " install " in made(target)
 
 
 def test_the_makefile_installs_what_python_and_each_gl_backend_need() -> None:
@@ -140,6 +143,8 @@ def test_the_makefile_installs_what_python_and_each_gl_backend_need() -> None:
 def test_the_image_has_no_tools_of_developers() -> None:
     assert "--editable '.[dev,data,export]'" in made("setup")
     assert "--editable '.'" in made("setup", "EXTRAS=")
+    assert "EXTRAS=" in [i.text for i in image("cpu") if i.keyword == "ARG"], "none by default"
+    assert "--editable '.[data,export]'" in made("setup", "EXTRAS=data,export")
 
 
 def test_the_index_of_torch_is_asked_for_torch_only() -> None:

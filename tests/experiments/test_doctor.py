@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from agents.core.errors import UserError
+from envs import rendering
 from experiments import doctor, doctor_checks
 from experiments.doctor_checks import Finding
 from experiments.running import pins
@@ -52,9 +53,21 @@ def test_json_holds_what_the_lines_say(
     assert [finding["name"] for finding in content["findings"]] == [*NAMES, "frames toy/reach"]
     frames = content["findings"][-1]
     assert frames["level"] == "ok"
-    assert frames["details"].keys() == {"clean", "video_hard"}
-    for rate in frames["details"].values():
-        assert f"{rate:,.0f}" in frames["text"]
+    assert frames["details"].keys() == {"clean", "video_hard", "quality"}
+    for name in ("clean", "video_hard"):
+        assert f"{frames['details'][name]:,.0f} {name}" in frames["text"]
+    assert frames["text"].startswith("frames/s at 84 x 84, reference: "), "the toy's own quality"
+
+
+def test_frames_are_timed_at_the_quality_that_auto_resolves_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendering, "gl_renderer", lambda: "NVIDIA H100")
+    monkeypatch.setattr(doctor_checks, "frame_rate", lambda *_: 96.0)
+    found = doctor_checks.frames("dmc/cartpole-swingup")
+    assert found.text == "frames/s at 84 x 84, reference: 96 clean, 96 video_hard"
+    monkeypatch.setattr(rendering, "gl_renderer", lambda: "llvmpipe (LLVM 15)")
+    assert "84 x 84, fast: 96 clean" in doctor_checks.frames("dmc/cartpole-swingup").text
 
 
 @pytest.mark.parametrize(("levels", "code"), [("ok warning", 0), ("warning problem ok", 1)])

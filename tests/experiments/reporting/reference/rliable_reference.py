@@ -4,7 +4,7 @@ rliable needs older packages than this project, so it gets an environment of its
 
     python -m venv /path/to/rliable-venv
     /path/to/rliable-venv/bin/pip install 'rliable==1.2.0' 'pandas<3' 'numpy<2.3'
-    /path/to/rliable-venv/bin/python tests/experiments/reference/rliable_reference.py
+    /path/to/rliable-venv/bin/python tests/experiments/reporting/reference/rliable_reference.py
 
 Writes the scores beside the answers, so that the test depends on no random generator.
 """
