@@ -4,8 +4,9 @@ A name, names joined by `+` (all at once), or a list of these joined by `,` (one
 `color_hard`, `color_hard+camera_easy`, `clean,color_hard,video_easy+noise_easy`.
 
 The Distracting Control Suite (Stone et al., 2021) has the levels easy, medium and hard of its authors
-(scale 0.1, 0.2, 0.3) and the intensities of DMC-GB, with as many videos as these take; `_static` keeps
-video, camera and colors as they begin. `randomized` draws all settings of the rendering anew in every
+(scale 0.1, 0.2, 0.3) and the intensities of DMC-GB, with as many videos as these take, and all move
+with every control step as in the original (DMC-GB's video: every second one); `_static` keeps video,
+camera and colors as they begin. `randomized` draws all settings of the rendering anew in every
 episode, as in CAD2RL (Sadeghi and Levine, 2017, arXiv:1611.04201): colors, objects, textures, light,
 camera, sky and noise; that the list is complete for this renderer is the idea taken from there, the
 ranges are those of the single distractions here.

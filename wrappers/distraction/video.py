@@ -10,7 +10,9 @@ The background of the Distracting Control Suite (Stone et al., 2021) is the same
 one of few videos instead of the sky, before which the floor is transparent in part, a frame per
 *control* step, or one that stands still. Differences there: the published code paints the video
 onto the skybox, where it turns and rolls with the displaced camera; here it stands still on the
-screen, as in DMC-GB, and always begins forward. Do not compare `dcs_*` with published numbers.
+screen, as in DMC-GB, and always begins forward. DMC-GB's copy of the suite moves the video every
+*second* control step only; here it moves with every one, as in the original, at DMC-GB's
+intensities too. Do not compare `dcs_*` with published numbers.
 """
 
 from __future__ import annotations
