@@ -6,11 +6,11 @@
     python -m experiments.benchmark --agents dppo fpo reinflow --base runs/toy-reach/flow-policy-seed1
 
 Every run is a process of its own; flags after `--` go to experiments.train. The same command started again goes on:
-finished runs are kept, interrupted ones resumed. `--out` gets results.csv (a line per run and distraction) and
-results.md (means over seeds, with the command, commit and hardware behind them). `--archive DIR` also keeps what
-reports need of every finished run (config, curves, evaluations: some KB each): a grid goes on from there when the runs
-themselves are gone, and `experiments.report DIR` shows it. Agents named sb3-* are Stable-Baselines3's: they are trained
-by experiments.baseline.
+finished runs and their evaluations are kept, interrupted ones resumed. `--out` gets results.csv (a line per run and
+distraction) and results.md (means over seeds, with the command, commit and hardware behind them). `--archive DIR` also
+keeps what reports need of every finished run (config, curves, evaluations, pictures of where the agent looks; it says
+how much that is): a grid goes on from there when the runs themselves are gone, and `experiments.report DIR` shows it.
+Agents named sb3-* are Stable-Baselines3's: they are trained by experiments.baseline.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ from experiments.benchmark_archive import (
     archive_run,
     check_results,
     collect,
+    is_evaluated,
 )
 from experiments.compare import difference
 from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS
-from experiments.running.arguments import Parser, run_command, terminate_as_interrupt
+from experiments.running.arguments import Parser, make_folder, run_command, terminate_as_interrupt
 from experiments.running.configs import with_new_fields
 from experiments.running.imports import add_import_flag
 from experiments.running.runs import check_label
@@ -104,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.envs = [DEFAULT_ENV if base is None else base.env]
     jobs = grid(arguments, base)
     check_results(arguments.out, jobs)
+    make_folder(arguments.out, "--out")
+    if not arguments.collect:
+        make_folder(arguments.runs, "--runs")
+    if arguments.archive:
+        make_folder(arguments.archive, "--archive")
     failed = [] if arguments.collect else run_grid(jobs, arguments)
     for folder in failed:
         print(f"failed: {folder}, see {folder}.log", file=sys.stderr)
@@ -202,9 +208,9 @@ def run_grid(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[Path]:
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
     for job in jobs:
         check_same(job, flags, arguments.episodes, arguments.distractions)
-    evaluation = ["--episodes", str(arguments.episodes), "--distractions", *arguments.distractions]
+    asked = arguments.episodes, arguments.distractions
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        codes = pool.map(lambda job: run_job(job, flags, threads, evaluation), jobs)
+        codes = pool.map(lambda job: run_job(job, flags, threads, *asked), jobs)
         try:
             return [job.folder for job, code in zip(jobs, codes, strict=True) if code]
         except KeyboardInterrupt:
@@ -226,7 +232,7 @@ def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequ
     if not job.is_base:
         _check_training(job, flags)
     if job.results != job.archive:
-        return  # it is evaluated anew
+        return  # it is evaluated anew where it was evaluated otherwise
     result = json.loads((job.results / "evaluations" / f"{RESULT}.json").read_text())
     if result["episodes_per_distraction"] != episodes or set(result["results"]) != set(
         distractions
@@ -262,7 +268,11 @@ _running: dict[subprocess.Popen[bytes], None] = {}
 
 
 def run_job(
-    job: Job, flags: Sequence[str], threads: Sequence[str], evaluation: Sequence[str]
+    job: Job,
+    flags: Sequence[str],
+    threads: Sequence[str],
+    episodes: int,
+    distractions: Sequence[str],
 ) -> int:
     """Train (or go on), evaluate and archive one run; return the exit code of what failed, or 0.
 
@@ -270,14 +280,16 @@ def run_job(
         job: the run; nothing is done where the archive has it, but for an evaluation that an older grid did not need.
         flags: for a new run's training.
         threads: for every training.
-        evaluation: flags for the evaluation.
+        episodes: of the evaluation, under each distraction; one that is there already is kept.
+        distractions: what to evaluate under.
     """
     log = job.folder.parent / f"{job.folder.name}.log"
+    asked = ["--episodes", str(episodes), "--distractions", *distractions]
     if job.archive and job.results == job.archive:
         kept = job.archive / "evaluations" / f"{ZERO_NOISE}.json"
         if not job.zero_noise or kept.is_file():
             return 0
-        if code := _evaluated(job, ZERO_NOISE, evaluation, log):
+        if code := _evaluated(job, ZERO_NOISE, asked, log):
             return code
         shutil.copyfile(job.folder / "evaluations" / kept.name, kept)
         return 0
@@ -287,12 +299,16 @@ def run_job(
         return code
     if steps_left(job.folder):
         return STOPPED
-    print(f"{job.label} on {job.env}, seed {job.seed}: trained", flush=True)
-    for name in job.evaluations:
-        if code := _evaluated(job, name, evaluation, log):
+    name = f"{job.label} on {job.env}, seed {job.seed}"
+    print(f"{name}: trained", flush=True)
+    for evaluation in job.evaluations:
+        if is_evaluated(job.folder, episodes, distractions, name=evaluation):
+            print(f"{name}: evaluated already ({evaluation})", flush=True)
+        elif code := _evaluated(job, evaluation, asked, log):
             return code
     if job.archive:
-        archive_run(job.folder, job.archive)
+        size = archive_run(job.folder, job.archive)
+        print(f"{name}: archived, {size / 1e3:,.0f} KB", flush=True)
     return 0
 
 

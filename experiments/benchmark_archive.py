@@ -1,7 +1,8 @@
 """What a benchmark's runs came to: one archive folder for each, and the tables of all of them.
 
-An archive holds what reports need of a finished run (config, curves, evaluations), some KB each. `results.csv` has a
-line for each run and distraction, `results.md` the means over seeds with the command, commit and hardware behind them.
+An archive holds what reports need of a finished run: config, curves and evaluations, some KB each, and the pictures of
+where the agent looks, which are most of it. `results.csv` has a line for each run and distraction, `results.md` the
+means over seeds with the command, commit and hardware behind them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
+from agents.policy import read_config
+from experiments import evaluate
 from experiments.evaluate import RANDOM
+from experiments.evaluating.unfinished import MEDIA
+from experiments.evaluating.videos import PROCEDURAL
 from experiments.running.runs import command_line, describe_system
 
 COLUMNS = (
@@ -90,8 +96,32 @@ def check_results(out: Path, jobs: Sequence[Job]) -> None:
         )
 
 
-def archive_run(run: Path, archive: Path) -> None:
-    """Keep what reports need of a finished run; the archive appears whole or not at all."""
+def is_evaluated(
+    run: Path, episodes: int, distractions: Sequence[str], *, name: str = RESULT
+) -> bool:
+    """Whether a finished run has the very evaluation that a grid asks for, of its newest checkpoint."""
+    file = run / "evaluations" / f"{name}.json"
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    # A baseline's run has none: it keeps its last policy only.
+    newest = CheckpointStore(run).latest()
+    asked = vars(evaluate.parser().parse_args([str(run), "--episodes", str(episodes)]))
+    wanted = {
+        "checkpoint": newest.name if newest else found.get("checkpoint"),
+        "episodes_per_distraction": episodes,
+        "num_envs": min(asked["num_envs"], episodes),
+        "seed": asked["seed"],
+        "split": asked["split"],
+        "videos": read_config(run)["env"]["videos"] or PROCEDURAL,
+    }
+    is_same = all(found.get(name) == value for name, value in wanted.items())
+    return is_same and set(found.get("results", ())) == set(distractions)
+
+
+def archive_run(run: Path, archive: Path) -> int:
+    """Keep what reports need of a finished run, and return its bytes; the archive appears whole or not at all."""
     unfinished = archive.with_name(archive.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "evaluations").mkdir(parents=True)
@@ -108,7 +138,13 @@ def archive_run(run: Path, archive: Path) -> None:
         writer = csv.DictWriter(target, reader.fieldnames or ())
         writer.writeheader()
         writer.writerows(row for row in reader if row["tag"].startswith(ARCHIVED_TAGS))
+    overlays = sorted((run / "evaluations" / RESULT).glob(MEDIA[1].format("*")))
+    for picture in overlays:
+        (unfinished / "evaluations" / RESULT).mkdir(exist_ok=True)
+        shutil.copyfile(picture, unfinished / "evaluations" / RESULT / picture.name)
+    size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
     unfinished.rename(archive)
+    return size
 
 
 def collect(jobs: Iterable[Job], out: Path) -> None:
@@ -125,7 +161,6 @@ def collect(jobs: Iterable[Job], out: Path) -> None:
     ]
     if not rows:
         raise UserError("no run of this grid was evaluated; see the runs' logs")
-    out.mkdir(parents=True, exist_ok=True)
     with (out / "results.csv").open("w", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS)
         writer.writeheader()

@@ -30,7 +30,7 @@ from agents.core.errors import UserError
 from agents.registry import find
 from envs.registry import get_spec
 from experiments.compare import run_difference
-from experiments.running.arguments import Parser, add_out_flags, check_out, run_command
+from experiments.running.arguments import Parser, add_out_flags, check_out, make_folder, run_command
 from experiments.running.runs import command_line, describe_system
 
 MOMENTS = {"starting": 0.2, "training": 0.35, "saving": 0.45}
@@ -53,8 +53,8 @@ TAIL = 8192
 class Kill:
     """What one kill met."""
 
-    moment: str
-    """Which kind of moment was waited for."""
+    is_saving: bool
+    """It died while it wrote a checkpoint."""
     seconds: float
     """Life of the process."""
     resumed_from: int | None
@@ -64,7 +64,15 @@ class Kill:
     newest: int | None
     """Agent steps of the newest checkpoint that it left."""
     half_written: bool
-    """It left a half-written checkpoint."""
+    """A half-written checkpoint lies there, its own or an earlier one's."""
+
+    @property
+    def moment(self) -> str:
+        """Which kind of moment it met, whatever was waited for."""
+        if self.is_saving:
+            return "saving"
+        is_past_start = self.reached is not None and self.reached > (self.resumed_from or 0)
+        return "training" if is_past_start else "starting"
 
 
 def parser() -> Parser:
@@ -98,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *RUN_FLAGS, *arguments.train_flags,
     ]  # fmt: skip
     if arguments.folder is not None:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.folder, "--folder")
         folder = arguments.folder.resolve()  # processes start elsewhere
         return campaign(folder, flags, arguments.kills, arguments.seed, arguments.out)
     with tempfile.TemporaryDirectory(prefix="campaign-") as temporary:
@@ -234,7 +242,7 @@ def kill_once(run: Path, flags: Sequence[str], random: np.random.Generator, star
     if child.kill() != -signal.SIGKILL:
         raise UserError("training ended by itself in the moment of its kill; give more --steps")
     return Kill(
-        moment,
+        is_saving(run, child.started),
         time.perf_counter() - clock,
         child.resumed_from,
         steps_logged(run, child.started),

@@ -43,15 +43,13 @@ from experiments.evaluating.baseline_policy import (
 )
 from experiments.evaluating.rollouts import Episodes, random_policy, run_episodes
 from experiments.evaluating.unfinished import MEDIA, Unfinished, unfinished, weights_of
+from experiments.evaluating.videos import PROCEDURAL, add_videos_flag, videos_of
 from experiments.running.arguments import Parser, check_out, run_command, terminate_as_interrupt
 from experiments.running.imports import add_import_flag, import_for_run
-from experiments.running.runs import git_commit
+from experiments.running.runs import describe_system, file_stem, git_commit, uses_gl
 from experiments.running.settings import check_device
 from experiments.sessions.bases import digests
 from wrappers.distraction.presets import make_distraction
-
-PROCEDURAL = "procedural"
-"""What stands for no folder of videos."""
 
 RANDOM = "random policy"
 """What a result begins with, before the distractions."""
@@ -77,10 +75,7 @@ def parser() -> Parser:
     )
     p.add_argument("--split", default="test", choices=("train", "validation", "test"),
                    help="which colors and videos [test]")  # fmt: skip
-    p.add_argument(
-        "--videos", metavar="DIR",
-        help=f"folder of videos or image folders, or {PROCEDURAL} for generated ones [the run's own]",
-    )  # fmt: skip
+    add_videos_flag(p)
     p.add_argument("--num-envs", type=int, default=5, help="parallel environments [5]")
     p.add_argument(
         "--workers", type=int, default=2, help="worker processes; results do not depend on them [2]"
@@ -215,7 +210,7 @@ def evaluate_policy(
         raise UserError(
             f"'{file}' exists; use --overwrite, or another --{'out' if out else 'name'}"
         )
-    videos = task["videos"] if videos is None else None if videos == PROCEDURAL else videos
+    videos = videos_of(videos, task)
     for distraction in distractions:  # all of them, before the first takes its minutes
         make_distraction(distraction, split=split, videos=videos)  # type: ignore[arg-type]
     num_envs = min(num_envs, episodes)
@@ -273,6 +268,7 @@ def evaluate_policy(
             "results": {name: rows[name] for name in names[1:]},
         }
         result["random_policy"] = rows[RANDOM]
+        result["system"] = describe_system(gl=uses_gl(task))
         kept.publish(result)
     print(summary(result))
     return file
@@ -341,9 +337,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _write_media(folder: Path, distraction: str, seen: Episodes, policy: Policy) -> None:
-    """Write <distraction>.mp4 and <distraction>_saliency.png."""
+    """Write <distraction>.mp4 and <distraction>_saliency.png, whose names `file_stem` keeps short enough."""
+    stem = file_stem(distraction)
     frames = enlarge(np.stack(seen.frames))
-    iio.imwrite(folder / MEDIA[0].format(distraction), frames, fps=25, macro_block_size=2)
+    iio.imwrite(folder / MEDIA[0].format(stem), frames, fps=25, macro_block_size=2)
     if not seen.observations:
         return
     device = policy.device
@@ -353,7 +350,7 @@ def _write_media(folder: Path, distraction: str, seen: Episodes, policy: Policy)
     pictures = policy.agent.images(observation, torch.as_tensor(action, device=device))
     if "saliency" in pictures:
         picture = enlarge(pictures["saliency"][None])[0]
-        iio.imwrite(folder / MEDIA[1].format(distraction), picture)
+        iio.imwrite(folder / MEDIA[1].format(stem), picture)
 
 
 def enlarge(frames: np.ndarray, side: int = 192) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import envs
-from experiments.running.arguments import Parser, run_command
+from experiments.running.arguments import Parser, make_folder, run_command
 from wrappers.distraction.presets import CLEAN, DISTRACTIONS
 
 Quality = Literal["reference", "fast"]
@@ -34,10 +34,14 @@ QUALITY_SIZE = 168
 COLUMNS = 8
 COMBINED = "color_hard+camera_easy"
 PARTS = tuple(name for name in DISTRACTIONS if not name.startswith(("dcs", "randomized")))
-# Without dcs_0.1, dcs_0.2 and dcs_0.3, which are dcs_easy, dcs_medium and dcs_hard, and without what
-# stands still, which looks as it does in its first step.
+SAME = ("dcs_0.1", "dcs_0.2", "dcs_0.3")
+"""They are dcs_easy, dcs_medium and dcs_hard."""
 SUITE = ("dcs_0.025", "dcs_0.05", "dcs_easy", "dcs_0.15", "dcs_medium", "dcs_hard", "dcs_0.5")
 NAMES = (CLEAN, *PARTS, "objects_hard+light_easy", COMBINED, "randomized", *SUITE)
+MOMENTS = (5, 60)
+"""Agent steps after which a last band shows what moves and what stands still."""
+STRONG, MOVING, STILL = "dcs_0.4", "dcs_medium", "dcs_medium_static"
+"""What that band shows; every `_static` stands as still as this one."""
 
 
 def parser() -> Parser:
@@ -86,11 +90,17 @@ def labeled(rows: Sequence[Sequence[np.ndarray]], over: Sequence[str]) -> np.nda
 
 def distraction_sheet(size: int) -> np.ndarray:
     """Draw every distraction on every task: a column each, in bands of eight, a row per task."""
+    columns = [(name, MOMENTS[0], name) for name in (*NAMES, STRONG)]
+    columns += [
+        (name, step, f"{name}\nstep {step}") for name in (MOVING, STILL) for step in MOMENTS
+    ]
     bands = []
-    for first in range(0, len(NAMES), COLUMNS):
-        names = NAMES[first : first + COLUMNS]
-        rows = [[look(task, size, name, "fast") for name in names] for task in TASKS]
-        bands.append(labeled(rows, names))
+    for first in range(0, len(columns), COLUMNS):
+        band = columns[first : first + COLUMNS]
+        rows = [[look(task, size, name, "fast", step) for name, step, _ in band] for task in TASKS]
+        picture = labeled(rows, [title for *_, title in band])
+        blank = ((0, 0), (0, size * (COLUMNS - len(band))), (0, 0))
+        bands.append(np.pad(picture, blank, constant_values=255))
     return np.concatenate(bands)
 
 
@@ -99,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
     size = arguments.size
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.out, "--out")
     qualities = sheet([
         [look(task, QUALITY_SIZE, None, quality) for task in SCENES]
         for quality in ("reference", "fast")

@@ -38,8 +38,10 @@ from experiments.evaluate import DISTRACTIONS
 from experiments.evaluating.captions import Caption
 from experiments.evaluating.rollouts import episode_seeds
 from experiments.evaluating.traces import draw_trace
-from experiments.running.arguments import Parser, run_command
+from experiments.evaluating.videos import add_videos_flag, videos_of
+from experiments.running.arguments import Parser, make_folder, run_command
 from experiments.running.imports import add_import_flag, import_for_run
+from experiments.running.runs import file_stem
 from experiments.running.settings import check_device, control_steps
 from wrappers.distraction.presets import make_distraction
 
@@ -90,7 +92,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, default=0, help="seed of the episodes [0]")
     p.add_argument("--split", default="test", choices=("train", "validation", "test"),
                    help="which colors and videos [test]")  # fmt: skip
-    p.add_argument("--videos", help="folder of videos or image folders; none plays procedural ones")
+    add_videos_flag(p)
     p.add_argument("--scale", type=int, help=f"film pixels per pixel [to {PANEL} a panel or more]")
     p.add_argument("--fps", type=float, help="frames per second [the task's own speed]")
     p.add_argument("--device", default="cpu", help="where the policy acts [cpu]")
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import_for_run(read_config(given.run), given.imports, folder=given.run)
     policy = Policy.load(given.run, checkpoint=given.checkpoint, device=check_device(given.device))
     task = policy.config["env"]
-    videos = task["videos"] if given.videos is None else given.videos
+    videos = videos_of(given.videos, task)
     for distraction in given.distractions:  # all of them, before the first takes its time
         make_distraction(distraction, split=given.split, videos=videos)
     out = given.out or given.run / "films" / Path(policy.checkpoint).name
@@ -215,17 +217,14 @@ def film_files(
         UserError: a file exists that may not be overwritten, or the folder cannot be made.
     """
     files = {
-        (distraction, number): out / f"{distraction}-{number + first}.mp4"
+        (distraction, number): out / f"{file_stem(distraction)}-{number + first}.mp4"
         for distraction in distractions
         for number in range(episodes)
     }
     for file in files.values():
         if file.exists() and not overwrite:
             raise UserError(f"'{file}' exists; use --overwrite, or another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create folder '{out}': {error.strerror}") from error
+    make_folder(out, "--out")
     return files
 
 

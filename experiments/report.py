@@ -27,7 +27,7 @@ from experiments.reporting.runs import find_runs, read_run
 from experiments.reporting.scores import Summary, summarize
 from experiments.reporting.statistics import Statistic, interquartile_mean, mean
 from experiments.reporting.text import render_latex, render_markdown
-from experiments.running.arguments import Parser, run_command
+from experiments.running.arguments import Parser, make_folder, run_command
 
 PAGE = "report.html"
 TASK_FIGURES = ("curves", "efficiency", "generalization", "diagnostics")
@@ -68,6 +68,7 @@ def build_report(
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"'{out}' exists and is not empty; add --overwrite or give another --out")
     summary = summarize([read_run(path) for path in find_runs(runs)])
+    make_folder(out, "--out")  # before the work of minutes
     aggregates = aggregate(summary)
     comparisons = {env_id: compare(summary, env_id) for env_id in summary.env_ids}
     figures = _figures(summary, aggregates, comparisons, STATISTICS[statistic])
@@ -83,7 +84,6 @@ def build_report(
         PAGE: render_html(title, found, figures).encode(),
     }
     # All is computed before the first file is touched: a failure leaves the old report whole.
-    out.mkdir(parents=True, exist_ok=True)
     for pattern in OURS:
         for stale in out.glob(pattern):
             stale.unlink()

@@ -4,7 +4,7 @@
     python -m experiments.soak --minutes 0 --cycles 10000 --out cycles/
 
 Training is the real command with two workers, and is watched from outside. Writes a table and a plot of what it and its
-workers hold (memory, open files, threads, processes) and a README.md that says by how much memory
+workers hold (private memory, open files, threads, processes) and a README.md that says by how much memory
 grew: the slope of a straight line through the second half, when the replay is full and every cache is warm. Exit code 1
 where that is more than `--limit`.
 """
@@ -27,7 +27,7 @@ import envs
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
 from agents.registry import find
-from experiments.running.arguments import Parser, run_command, terminate_as_interrupt
+from experiments.running.arguments import Parser, make_folder, run_command, terminate_as_interrupt
 from experiments.running.imports import add_import_flag
 from experiments.running.runs import command_line, describe_system
 from wrappers.distraction.presets import make_distraction
@@ -81,19 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             "too little to tell growth from noise: give a third of a minute, or 100 cycles, at least"
         )
     terminate_as_interrupt()  # the training is ended too
-    arguments.out.mkdir(parents=True)
+    make_folder(arguments.out, "--out")
     grown = []
+    scene = f"Task {arguments.env}, distraction {arguments.distraction}"
+    of = f"{scene}, agent {arguments.agent}"
     if arguments.minutes:
         rows = watch_training(arguments)
         said = (arguments.out / "training.log").read_text()
         note = (
             f"{said.count('evaluation:')} evaluations; the log ends with: {said.splitlines()[-2]}"
         )
-        lost = summarize(rows, arguments.out, "training", "minutes", per=60, note=note)
+        lost = summarize(rows, arguments.out, "training", "minutes", per=60, of=of, note=note)
         grown.append(lost > arguments.limit or holds_more(rows))
     if arguments.cycles:
         rows = cycle(arguments.env, arguments.distraction, arguments.cycles)
-        lost = summarize(rows, arguments.out, "environments", "closed", per=1000)
+        lost = summarize(rows, arguments.out, "environments", "closed", per=1000, of=scene)
         grown.append(lost > arguments.limit / 10 or holds_more(rows))
     return int(any(grown))
 
@@ -140,15 +142,16 @@ def cycle(task: str, distraction: str, cycles: int) -> list[Row]:
 
 
 def held(pid: int | None = None) -> tuple[float, ...]:
-    """Return what a process and its children hold, by `HELD`; children that end meanwhile count as ended."""
+    """Return what a process and its children hold, by `HELD`; children that end meanwhile count as ended.
+
+    Memory is private pages, clean and dirty: a share of the libraries' pages (PSS) would jump whenever another process
+    that maps them too begins or ends.
+    """
     root = psutil.Process(pid)
     sums = np.zeros(len(HELD))
     for process in (root, *root.children(recursive=True)):
         try:
-            full = (
-                process.memory_full_info()
-            )  # shared pages count in parts, where the system says so
-            memory = getattr(full, "pss", full.uss) / 2**20
+            memory = process.memory_full_info().uss / 2**20
             sums += (memory, process.num_fds(), process.num_threads(), 1)
         except psutil.Error:
             if process is root:
@@ -170,9 +173,19 @@ def holds_more(rows: Sequence[Row]) -> bool:
 
 
 def summarize(
-    rows: Sequence[Row], out: Path, what: str, unit: str, per: float, note: str = ""
+    rows: Sequence[Row], out: Path, what: str, unit: str, per: float, *, of: str, note: str = ""
 ) -> float:
-    """Write <what>.csv, <what>.png and a paragraph of README.md; return the growth in MB per `per` units."""
+    """Write <what>.csv, <what>.png and a paragraph of README.md; return the growth in MB per `per` units.
+
+    Args:
+        rows: what was held.
+        out: folder of the files.
+        what: was done.
+        unit: of the first column.
+        per: units that growth is given for.
+        of: what is told of task, agent and distraction.
+        note: what else is told.
+    """
     with (out / f"{what}.csv").open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow((unit, *HELD))
@@ -181,7 +194,9 @@ def summarize(
     figure, (memory, rest) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
     memory.plot(values[:, 0], values[:, 1], color="black")
     memory.set(
-        ylabel="memory [MB]", ylim=(0, None), title=f"{what}: {growth:+.1f} MB per {per:g} {unit}"
+        ylabel="private memory [MB]",
+        ylim=(0, None),
+        title=f"{what}: {growth:+.1f} MB per {per:g} {unit}",
     )
     for column, style in zip(range(2, 5), ("-", "--", ":"), strict=True):
         rest.plot(values[:, 0], values[:, column], style, color="black", label=HELD[column - 1])
@@ -196,8 +211,8 @@ def summarize(
     system = describe_system()
     hardware = ", ".join(f"{name} {value}" for name, value in system["hardware"].items() if value)
     text = (
-        f"## {what.capitalize()}\n\n`{command_line()}` at commit {system['commit']}: {hardware}\n\n"
-        f"{rows[-1][0]:,.0f} {unit}. Memory grew by {growth:+.1f} MB per {per:g} {unit} over the second half; "
+        f"## {what.capitalize()}\n\n`{command_line()}` at commit {system['commit']}: {hardware}\n\n{of}.\n\n"
+        f"{rows[-1][0]:,.0f} {unit}. Private memory grew by {growth:+.1f} MB per {per:g} {unit} over the second half; "
         f"from its first to its last measurement: {changes}. {note}\n\n![{what}]({what}.png)\n"
     )
     with (out / "README.md").open("a") as handle:

@@ -18,10 +18,10 @@ import torch
 
 from agents import Policy
 from agents.core.errors import UserError
-from experiments.running.runs import LOCK, lock_folder, write_json
+from experiments.running.runs import LOCK, file_stem, lock_folder, write_json
 
 MEDIA = ("{}.mp4", "{}_saliency.png")
-"""Files beside a result, by the distraction's name."""
+"""Files beside a result, by the distraction's `file_stem`."""
 
 ROWS = "rows.json"
 """The key, and the rows that are done."""
@@ -90,7 +90,7 @@ class Unfinished:
 
     def row(self, name: str, *, media: bool) -> dict[str, Any] | None:
         """Return a finished row; None where it, or the video that is asked for, is not there."""
-        if media and not (self.folder / MEDIA[0].format(name)).is_file():
+        if media and not (self.folder / MEDIA[0].format(file_stem(name))).is_file():
             return None
         return self._rows.get(name)
 
@@ -116,5 +116,6 @@ class Unfinished:
 
 def media_files(folder: Path, distractions: Iterable[str]) -> list[Path]:
     """Return the media of some distractions that a folder holds."""
-    files = (folder / name.format(distraction) for distraction in distractions for name in MEDIA)
+    stems = map(file_stem, distractions)
+    files = (folder / name.format(stem) for stem in stems for name in MEDIA)
     return [file for file in files if file.is_file()]

@@ -22,7 +22,7 @@ from experiments.reporting.blocks import (
 )
 from experiments.reporting.fine_tuning import fine_tuning_table
 from experiments.reporting.published import Comparison, published_tables
-from experiments.reporting.runs import Run
+from experiments.reporting.runs import Evaluation, Run
 from experiments.reporting.scores import Summary, efficiency_tag
 from experiments.reporting.settings import cautions
 from experiments.reporting.tables import (
@@ -122,15 +122,27 @@ def _facts(runs: list[Run]) -> Facts:
         values = (_plain(run.system.get(key)) for run in runs for key in keys)
         return joined(values, "not recorded")
 
-    evaluated = (run.evaluation for run in runs if run.evaluation)
-    where = joined(f"{e.split} split, {e.backgrounds} videos" for e in evaluated)
+    evaluations = [run.evaluation for run in runs if run.evaluation]
+    where = joined(f"{e.split} split, {e.backgrounds} videos" for e in evaluations)
     return Facts((
         ("Commit", found("commit")),
         ("Hardware", found("hardware")),
         ("Renderer", found("gl_renderer", "gl_backend")),
         ("Versions", found("versions")),
         ("Evaluated on", where),
+        ("Evaluated by", joined(map(_maker, evaluations), "not recorded")),
     ))  # fmt: skip
+
+
+def _maker(evaluation: Evaluation) -> str:
+    """Return by whom, and on what, an evaluation was drawn; empty where that was not recorded yet."""
+    system = evaluation.system
+    texts = [
+        f"commit {system['commit']}" if system.get("commit") else "",
+        _plain(system.get("gl_renderer") or system.get("gl_backend")),
+        _plain(system.get("hardware")),
+    ]
+    return ", ".join(filter(None, texts))
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 
 from agents.core.errors import UserError
 from envs import PROTOCOLS
+from experiments.evaluating.videos import PROCEDURAL
 from experiments.reporting.blocks import Cell, Table, cells, limits, number, slug
 from experiments.reporting.runs import Run
 from experiments.reporting.scores import CLEAN, Group, Summary, in_order
@@ -33,8 +34,6 @@ from experiments.train import new_config, parser
 
 REDRAWN = "Starting states and color sets are drawn anew from the same distributions."
 PUBLISHED = Path(__file__).with_name("published.csv")
-PROCEDURAL = "procedural"
-"""What an evaluation calls videos of no folder."""
 
 WORDS = {
     "quality": "rendering",
@@ -286,7 +285,7 @@ def _own_rows(summary: Summary, env_id: str, names: Sequence[str]) -> list[list[
         ]
         seeds = max((score.runs for score in found if score), default=0)
         steps = joined(f"{r.evaluation.agent_steps:,}" for r in group.runs if r.evaluation)
-        how = f"this report, {joined(run.system.get('gl_renderer') for run in group.runs)}"
+        how = f"this report, {joined(name for run in group.runs for name in run.renderers)}"
         agent = Cell(group.agent, flag=flag(group))
         rows.append([agent, *scores, *cells([str(seeds), steps, how])])
     return rows

@@ -20,6 +20,7 @@ import numpy as np
 from agents.core.errors import UserError
 from agents.core.trees import check_schema
 from agents.policy import SCHEMA
+from experiments.running.runs import file_stem
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 
@@ -79,6 +80,8 @@ class Evaluation:
     """Where the videos behind the agent came from: `procedural` or a folder."""
     foreground: str
     """What saliency was scored against, in words."""
+    system: Mapping[str, Any] = field(default_factory=dict)
+    """Commit, renderer and hardware that it was made with; empty where its file is older than their record."""
     results: dict[str, Result] = field(default_factory=dict)
     videos: dict[str, Path] = field(default_factory=dict)
     saliency: dict[str, Path] = field(default_factory=dict)
@@ -106,6 +109,12 @@ class Run:
     """The newest of the same checkpoint from zero noise (`evaluate --acting start_noise=0`)."""
     random_returns: list[tuple[float, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def renderers(self) -> list[str]:
+        """What drew the pictures that it learned from, and those that it was evaluated on, as far as recorded."""
+        systems = [self.system, self.evaluation.system if self.evaluation else {}]
+        return list(dict.fromkeys(s["gl_renderer"] for s in systems if s.get("gl_renderer")))
 
     @property
     def label(self) -> str:
@@ -260,15 +269,17 @@ def _newest(run: Run, found: list[tuple[Path, dict[str, Any]]]) -> Evaluation | 
     if not found:
         return None
     _, newest = max(found, key=lambda item: (item[1]["agent_steps"], item[0].name))
+    system = newest.get("system")
     evaluation = Evaluation(
         newest["agent_steps"],
         str(newest.get("checkpoint", "")),
         str(newest.get("split", "test")),
         str(newest.get("videos", "procedural")),
         str(newest.get("foreground", FOREGROUND)),
+        system if isinstance(system, dict) else {},
         weights=tuple(map(str, newest.get("weights") or ())),
     )
-    protocol = ("agent_steps", "checkpoint", "split", "videos")
+    protocol = ("agent_steps", "checkpoint", "split", "videos")  # of files that may be merged
     for path, content in found:
         if all(content.get(key) == newest.get(key) for key in protocol):
             _merge(run, evaluation, path, content)
@@ -291,11 +302,12 @@ def _merge(run: Run, evaluation: Evaluation, path: Path, content: dict[str, Any]
             success,
         )
         media = path.with_suffix("")
-        for video in (media / f"{name}{suffix}" for suffix in VIDEO_SUFFIXES):
+        stem = file_stem(name)
+        for video in (media / f"{stem}{suffix}" for suffix in VIDEO_SUFFIXES):
             if video.is_file():
                 evaluation.videos[name] = video
-        if (media / f"{name}_saliency.png").is_file():
-            evaluation.saliency[name] = media / f"{name}_saliency.png"
+        if (media / f"{stem}_saliency.png").is_file():
+            evaluation.saliency[name] = media / f"{stem}_saliency.png"
 
 
 def _read_saliency(run: Run, name: str, content: Any) -> dict[str, float]:

@@ -70,6 +70,12 @@ def _group_cautions(group: Group) -> Iterable[str]:
         planned, done = run.config.get("train", {}).get("steps"), run.counters.get("agent_steps")
         if isinstance(planned, int) and done is not None and done < planned:
             yield f"{run.label}: stopped at {done:,.0f} of {planned:,} agent steps."
+        if len(run.renderers) > 1:
+            trained, evaluated = run.renderers
+            yield (
+                f"{run.label}: trained on pictures of {trained}, evaluated on those of {evaluated}; "
+                "no two renderers draw the same pixels."
+            )
 
 
 def _task_cautions(env_id: str, runs: list[Run]) -> Iterable[str]:
@@ -78,6 +84,11 @@ def _task_cautions(env_id: str, runs: list[Run]) -> Iterable[str]:
         if len(found) > 1:
             yield f"{env_id}: runs saw different {what} ({'; '.join(found)}); do not compare them."
     evaluations = [run.evaluation for run in runs if run.evaluation]
+    drawn = sorted(
+        {str(e.system["gl_renderer"]) for e in evaluations if e.system.get("gl_renderer")}
+    )
+    if len(drawn) > 1:
+        yield f"{env_id}: runs were evaluated with different renderers ({'; '.join(drawn)}); do not compare them."
     scored = sorted(
         {e.foreground for e in evaluations if any(r.saliency for r in e.results.values())}
     )

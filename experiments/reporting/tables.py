@@ -61,7 +61,13 @@ def runs_table(summary: Summary) -> Table:
         rows.append([Cell(group.agent, flag=flag(group)), *cells(texts)])
     head = ["agent", "task", "seeds", "agent steps", "environment frames", "gradient updates"]
     head += ["wall clock (h:mm:ss)", "pixels", "action repeat", "quality", "trained under"]
-    return Table("runs", "What was run.", head, rows, learned_notes(summary.groups))
+    return Table(
+        "runs",
+        "The runs, what they cost, and what they saw.",
+        head,
+        rows,
+        learned_notes(summary.groups),
+    )
 
 
 def scores_table(summary: Summary, env_id: str) -> Table | None:

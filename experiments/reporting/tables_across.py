@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from experiments.reporting.aggregates import Aggregate, Aggregates, counted_tasks, per_agent
-from experiments.reporting.blocks import Cell, Table, limits, number, slug
+from experiments.reporting.blocks import Cell, Table, count, limits, number, slug
 from experiments.reporting.runs import SALIENCY
 from experiments.reporting.scores import CLEAN, Group, Summary, in_order
 from experiments.reporting.statistics import Interval, mean, stratified_bootstrap
@@ -39,9 +39,13 @@ def aggregate_tables(aggregates: Aggregates) -> list[Table]:
 
 
 def improvement_tables(aggregates: Aggregates) -> list[Table]:
-    """Return, per distraction, the matrix of how likely the row's agent beats the column's."""
+    """Return, per distraction, the matrix of how likely the row's agent beats the column's.
+
+    There is none of single runs: every entry would be 0 or 1 on one task, and nothing could be said of its error.
+    """
     tables = []
-    for name in aggregates.distractions if len(aggregates.agents) > 1 else ():
+    has_any = len(aggregates.agents) > 1 and aggregates.has_intervals
+    for name in aggregates.distractions if has_any else ():
         rows = []
         for agent in aggregates.agents:
             row = [_agent(aggregates, agent)]
@@ -125,7 +129,8 @@ def _agent(aggregates: Aggregates, agent: str) -> Cell:
     """Return the head of a row: the agent, its runs, and on what it did not learn."""
     failed = aggregates.unlearned[agent]
     runs = {aggregates.scores[agent, name].runs for name in aggregates.distractions}
-    below = (f"n = {' or '.join(map(str, sorted(runs)))} runs",)
+    *fewer, most = sorted(runs)
+    below = (" or ".join([*map(str, fewer), count(most, "run")]),)
     total = len(counted_tasks(aggregates))
     where = "" if len(failed) == total else f" on {len(failed)} of {total} tasks"
     return Cell(agent, below=below, flag=f"{FLAG}{where}" if failed else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -98,6 +99,22 @@ def check_out(out: Path | None, *, overwrite: bool) -> None:
         raise UserError(f"--out {out}: {why}; give a file in a folder that exists")
     if out.exists() and not overwrite:
         raise UserError(f"--out {out} exists; add --overwrite or give another file")
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make the folder that a flag names, before the work whose results it is for.
+
+    Raises:
+        UserError: it cannot be made or written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder}: cannot create this folder ({error.strerror}); give another one"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {folder}: cannot write into this folder; give another one")
 
 
 def _flag(hint: Any) -> dict[str, Any]:

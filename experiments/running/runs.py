@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +31,18 @@ LOCK = ".lock"
 BEGINNINGS = {"system.json", "command.txt", "system.json.tmp", "config.json.tmp"}
 """What a process that is killed while it begins a run leaves behind."""
 
+LONGEST_STEM = 100
+"""Characters: file systems take 255 bytes, of which suffixes and temporary names need some."""
+
 _PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "dm_control", "metaworld", "safetensors")
+
+
+def file_stem(distraction: str) -> str:
+    """Return what files of a distraction are called: its name; one too long for a file is cut and told by a digest."""
+    if len(distraction) <= LONGEST_STEM:
+        return distraction
+    digest = hashlib.sha256(distraction.encode()).hexdigest()[:12]
+    return f"{distraction[: LONGEST_STEM - len(digest) - 1]}-{digest}"
 
 
 def check_label(label: str) -> str:
@@ -127,12 +139,15 @@ def begin_run(folder: Path, config: dict[str, Any]) -> None:
     """
     check_free(folder)
     task = config.get("env")  # image generators have none
-    draws = (
-        task is not None and task["observation"] != "state" and not task["id"].startswith("toy/")
-    )
+    draws = task is not None and uses_gl(task)
     write_json(folder / "system.json", describe_system(gl=draws))
     (folder / "command.txt").write_text(command_line() + "\n")
     write_json(folder / "config.json", config)
+
+
+def uses_gl(task: Mapping[str, Any]) -> bool:
+    """Whether pictures of a task, by its settings, are drawn with GL."""
+    return task["observation"] != "state" and not task["id"].startswith("toy/")
 
 
 def abandon_run(folder: Path, *, is_new: bool) -> None:

@@ -13,9 +13,11 @@ from agents.core.errors import UserError
 from experiments import benchmark
 from experiments.benchmark import main
 from experiments.evaluate import DISTRACTIONS
+from experiments.evaluate import main as evaluate_main
 from experiments.reporting.runs import read_run
 from experiments.running.runs import write_json
 from experiments.train import new_config, parser
+from tests.experiments.helpers import train
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -73,6 +75,12 @@ def test_a_run_with_other_settings_is_not_taken_for_this_grids(
     write_json(folder / "config.json", config)
     job = benchmark.Job("drq", "drq", "toy/reach", 1, folder)
     benchmark.check_same(job, ["--preset", "debug"], 10, ["clean"])
+    write_json(folder / "config.json", config | {"reward": "success"})
+    with pytest.raises(UserError, match=r"other settings than these.*reward: 'success' and 'task'"):
+        benchmark.check_same(job, ["--preset", "debug"], 10, ["clean"])
+    write_json(folder / "config.json", {k: v for k, v in config.items() if k != "reward"})
+    benchmark.check_same(job, ["--preset", "debug"], 10, ["clean"])
+    write_json(folder / "config.json", config)
     with pytest.raises(UserError, match=r"other settings than these.*train/steps"):
         benchmark.check_same(job, ["--preset", "debug", "--steps", "4000"], 10, ["clean"])
     older = json.loads(json.dumps(config))  # of a version that did not have these
@@ -165,5 +173,43 @@ def test_a_run_that_was_stopped_is_not_evaluated(
     monkeypatch.setattr(benchmark, "_logged", lambda command, log: asked.append(command[2]) or 0)
     monkeypatch.setattr(benchmark, "steps_left", lambda run: 5)
     job = benchmark.Job("drq", "drq", "toy/reach", 1, tmp_path / "run")
-    assert benchmark.run_job(job, [], [], []) == benchmark.STOPPED
+    assert benchmark.run_job(job, [], [], 1, ["clean"]) == benchmark.STOPPED
     assert asked == ["experiments.train"]
+
+
+def test_an_evaluation_that_is_there_is_kept_until_another_one_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("drq", "toy/reach", tmp_path / "runs" / "drq-seed1", steps=12, episode_length=6)
+    asked: list[str] = []
+
+    def evaluate(command: list[str], log: Path) -> int:
+        asked.append(command[2])
+        return evaluate_main(command[3:])
+
+    monkeypatch.setattr(benchmark, "_logged", evaluate)
+    job = benchmark.Job("drq", "drq", "toy/reach", 1, run, tmp_path / "kept" / "drq-seed1")
+    job.archive.parent.mkdir()
+    assert benchmark.run_job(job, [], [], 2, ["clean"]) == 0
+    assert asked == ["experiments.evaluate"]
+    size = sum(file.stat().st_size for file in job.archive.rglob("*") if file.is_file())
+    assert f"archived, {size / 1e3:,.0f} KB" in capsys.readouterr().out
+    overlays = sorted(file.name for file in (job.archive / "evaluations" / "benchmark").iterdir())
+    assert overlays == ["clean_saliency.png"], "the pictures of where it looks, and no films"
+    found = read_run(job.archive).evaluation
+    assert found is not None
+    assert set(found.saliency) == {"clean"}
+
+    again = benchmark.Job("drq", "drq", "toy/reach", 1, run)
+    assert benchmark.run_job(again, [], [], 2, ["clean"]) == 0
+    assert asked == ["experiments.evaluate"], "nothing is left to do"
+    for episodes, distractions in ((3, ["clean"]), (3, ["clean", "color_hard"])):
+        asked.clear()
+        assert benchmark.run_job(again, [], [], episodes, distractions) == 0
+        assert asked == ["experiments.evaluate"]
+    file = run / "evaluations" / "benchmark.json"
+    for name, value in (("checkpoint", "step-000000008"), ("split", "train"), ("videos", "/old")):
+        asked.clear()
+        write_json(file, json.loads(file.read_text()) | {name: value})
+        assert benchmark.run_job(again, [], [], 3, ["clean", "color_hard"]) == 0
+        assert asked == ["experiments.evaluate"], name

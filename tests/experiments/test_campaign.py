@@ -53,8 +53,25 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(campaign, "Child", Quick)
     monkeypatch.setattr(
-        campaign, "kill_once", lambda *_: Kill("saving", 1.0, None, 6, None, half_written=True)
+        campaign, "kill_once", lambda *_: Kill(True, 1.0, None, 6, None, half_written=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("saving", "resumed_from", "reached", "met"),
+    [
+        (True, 8, 14, "saving"),
+        (False, 8, 14, "training"),
+        (False, None, 2, "training"),
+        (False, 8, 8, "starting"),
+        (False, 8, None, "starting"),
+        (False, None, None, "starting"),
+    ],
+)
+def test_a_kill_is_named_by_what_it_met(
+    saving: bool, resumed_from: int | None, reached: int | None, met: str
+) -> None:
+    assert Kill(saving, 1.0, resumed_from, reached, None, half_written=True).moment == met
 
 
 @pytest.mark.usefixtures("quick")
@@ -135,7 +152,7 @@ def test_a_checkpoint_is_half_written_only_by_this_process(tmp_path: Path) -> No
 
 
 def test_the_log_names_command_commit_and_what_was_compared() -> None:
-    text = report([Kill("starting", 2.0, 8, None, 8, False)], None, FLAGS, 60.0)
+    text = report([Kill(False, 2.0, 8, None, 8, False)], None, FLAGS, 60.0)
     assert f"experiments.train {' '.join(FLAGS)}" in text
     assert "Commit " in text
     assert "whole replay" in text

@@ -25,6 +25,7 @@ from envs.vector import VectorEnv
 from experiments.evaluate import evaluate_run, main
 from experiments.evaluating.rollouts import SCORES, random_policy, run_episodes
 from experiments.reporting.runs import read_run
+from experiments.running.runs import file_stem, git_commit, uses_gl, write_json
 from experiments.sessions.training import Session
 from experiments.train import main as train_main
 from tests.experiments.helpers import arguments, train
@@ -393,3 +394,37 @@ def test_a_runs_config_rebuilds_every_dataclass(run: Path) -> None:
     for default in AGENTS["sgqn"].configs:
         saved = config["configs"][type(default).__name__]
         assert from_dict(type(default), saved) != default, "the run's values, not the defaults"
+
+
+LONG = ",".join(
+    ["clean", *(f"color_hard+video_easy+camera_{level}" for level in ("easy", "hard"))] * 4
+)
+
+
+def test_a_list_of_distractions_longer_than_a_files_name_may_be_has_its_media(run: Path) -> None:
+    assert len(LONG) > 255
+    other = LONG.replace("camera_hard", "camera_easy")
+    both = evaluate_run(run, distractions=(LONG, other), episodes=1, num_envs=1, name="long")
+    found = read_run(run).evaluation
+    assert found is not None
+    assert set(found.videos) == set(found.saliency) == set(found.results) == {LONG, other}
+    assert len({file.name for file in found.videos.values()}) == 2, "cut, and yet told apart"
+    assert all(len(file.name) < 130 for file in both.with_suffix("").iterdir())
+    assert file_stem("color_hard+camera_easy") == "color_hard+camera_easy"
+
+
+def test_an_evaluation_says_by_whom_and_on_what_it_was_drawn(run: Path) -> None:
+    file = evaluate_run(run, distractions=("clean",), episodes=1, name="drawn")
+    system = read(file)["system"]
+    assert system["commit"] == git_commit()
+    assert system["hardware"]["cpu"]
+    assert system["gl_renderer"] is None, "nobody: the toy task draws itself"
+    assert uses_gl({"observation": "pixels", "id": "dmc/walker-walk"})
+    assert not uses_gl({"observation": "state", "id": "dmc/walker-walk"})
+    found = read_run(run).evaluation
+    assert found is not None
+    assert found.system == system
+    write_json(file, {key: value for key, value in read(file).items() if key != "system"})
+    older = read_run(run).evaluation
+    assert older is not None
+    assert older.system == {}

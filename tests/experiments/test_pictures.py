@@ -1,20 +1,47 @@
 """The docs' sheets and the report's order know every distraction."""
 
 import numpy as np
+import pytest
 
-from experiments.pictures import NAMES, labeled, sheet
+from experiments import pictures
+from experiments.pictures import labeled, sheet
 from experiments.reporting.scores import KNOWN_ORDER, in_order
+from wrappers.distraction import presets
 from wrappers.distraction.presets import CLEAN, DISTRACTIONS
 
 
-def test_every_distraction_is_shown_but_for_those_that_look_like_another() -> None:
-    missing = set(DISTRACTIONS) - set(NAMES)
-    assert {name for name in missing if not name.endswith("_static")} == {
-        "dcs_0.1",
-        "dcs_0.2",
-        "dcs_0.3",
-        "dcs_0.4",
-    }
+def test_every_distraction_is_shown_but_for_those_that_look_like_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[tuple[str, int]] = []
+
+    def look(task: str, size: int, name: str, quality: str, steps: int) -> np.ndarray:
+        if task == pictures.TASKS[0]:
+            shown.append((name, steps))
+        return np.zeros((size, size, 3), np.uint8)
+
+    monkeypatch.setattr(pictures, "look", look)
+    height, width, _ = pictures.distraction_sheet(96).shape
+    assert (width, height) == (8 * 96, 4 * (34 + 4 * 96)), "bands are of one width"
+    names = {name for name, _ in shown}
+    missing = set(DISTRACTIONS) - names
+    assert {name for name in missing if not name.endswith("_static")} == set(pictures.SAME)
+    levels = presets.SUITE_LEVELS
+    for alike, named in zip(pictures.SAME, ("easy", "medium", "hard"), strict=True):
+        assert levels[alike.removeprefix("dcs_")] == levels[named]
+    for name in ("dcs_medium", "dcs_medium_static"):
+        assert len([step for other, step in shown if other == name]) >= 2, "does it move?"
+
+
+def test_what_is_static_looks_the_same_later_and_what_is_not_does_not() -> None:
+    """Of the frame, what the arm does not cover: the background."""
+    for name, still in (("dcs_medium_static", True), ("dcs_medium", False)):
+        now, later = (
+            pictures.look("toy/reach", 24, name, "reference", steps).astype(int)
+            for steps in (5, 30)
+        )
+        same = (now == later).all(-1).mean()
+        assert same > 0.5 if still else same < 0.5
 
 
 def test_names_stand_above_their_columns() -> None:

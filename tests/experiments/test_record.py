@@ -14,10 +14,11 @@ import pytest
 
 import envs
 from agents import Policy
-from experiments import record
+from experiments import evaluate, record
 from experiments.evaluate import evaluate_run
 from experiments.evaluating.captions import LONGEST, Caption
 from experiments.evaluating.rollouts import episode_seeds
+from experiments.evaluating.videos import videos_of
 from experiments.record import Moment, draw, episode, main, speed
 from tests.experiments.helpers import train
 
@@ -188,8 +189,39 @@ def test_an_out_that_is_a_file_is_refused(
     (tmp_path / "file").write_text("precious")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert main([str(run), "--distractions", "clean", "--out", str(out)]) == 2
-        assert capsys.readouterr().err.startswith(f"error: cannot create folder '{out}'")
+        assert capsys.readouterr().err.startswith(f"error: --out {out}: cannot create this folder")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("flags", "own", "played"),
+    [
+        ([], "/my/videos", "/my/videos"),
+        ([], None, None),
+        (["--videos", "procedural"], "/my/videos", None),
+        (["--videos", "/others"], "/my/videos", "/others"),
+    ],
+)
+def test_films_and_evaluations_play_the_same_videos(
+    flags: list[str], own: str | None, played: str | None
+) -> None:
+    for command in (record, evaluate):
+        given = command.parser().parse_args(["RUN", *flags])
+        assert videos_of(given.videos, {"videos": own}) == played
+        assert "[the run's own]" in " ".join(command.parser().format_help().split())
+
+
+def test_procedural_videos_are_filmed(run: Path, tmp_path: Path) -> None:
+    words = [str(run), "--distractions", "video_easy", "--videos", "procedural"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "video_easy-1.mp4").is_file()
+
+
+def test_a_long_list_of_distractions_is_filmed_under_a_short_name(tmp_path: Path) -> None:
+    name = ",".join(["color_hard+camera_easy"] * 20)
+    [file] = record.film_files(tmp_path / "new", [name], 1, overwrite=False).values()
+    assert len(file.name) < 130
+    file.write_text("a film")
 
 
 # ------------------------------------------------------------------------------------ captions

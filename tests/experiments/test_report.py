@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from agents.core.errors import UserError
+from experiments import benchmark, campaign, pictures, report, soak
 from experiments.report import build_report, main
 from experiments.reporting.runs import read_run
 from experiments.reporting.scores import align, summarize
@@ -353,3 +354,57 @@ def test_the_page_says_what_saliency_was_scored_on_and_mixes_no_two(
     one, other = "all but sky, floor and walls", "all but the table"
     assert f"The foreground is {one} or {other}." in shown
     assert f"saliency was scored on {one} and on {other}; do not compare it" in shown
+
+
+def test_who_drew_an_evaluation_is_told_and_a_change_of_renderer_is_warned_of(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run("sac", clean=[1.0, 2.0])
+    old = text_of(build_report([run], tmp_path / "old"))
+    assert "Evaluated by not recorded" in old
+    results = {"clean": {"returns": [1.0, 2.0]}}
+    system = {
+        "commit": "beef",
+        "gl_renderer": "NVIDIA H100",
+        "hardware": {"cpu": "EPYC", "cores": 2},
+    }
+    write_evaluation(run, "20270101-000000", results, system=system)
+    shown = text_of(build_report([run], tmp_path / "out"))
+    assert "Evaluated by commit beef, NVIDIA H100, cpu EPYC, cores 2" in shown
+    assert "trained on pictures of llvmpipe, evaluated on those of NVIDIA H100" in shown
+    write_evaluation(run, "20280101-000000", results, system=system | {"gl_renderer": "llvmpipe"})
+    assert "trained on pictures of" not in text_of(build_report([run], tmp_path / "same"))
+
+
+def test_no_title_is_said_twice_in_a_row(two_agents: Path, tmp_path: Path) -> None:
+    shown = text_of(build_report([two_agents], tmp_path / "out"))
+    assert shown.count("What was run") == 1
+
+
+@pytest.mark.parametrize("command", ["report", "soak", "campaign", "pictures", "benchmark"])
+def test_a_folder_that_cannot_be_made_is_one_line_before_the_work(
+    command: str, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def work(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("it began to work")
+
+    (tmp_path / "file").write_text("precious")
+    bad = str(tmp_path / "file" / "below")
+    run = make_run("sac", clean=[1.0])
+    flag, words, module, name = {
+        "report": ("--out", [str(run)], report, "aggregate"),
+        "soak": ("--out", ["--env", "toy/reach"], soak, "watch_training"),
+        "campaign": ("--folder", ["--kills", "1"], campaign, "campaign"),
+        "pictures": ("--out", [], pictures, "look"),
+        "benchmark": ("--runs", ["--agents", "sac", "--out", str(tmp_path / "out")], benchmark, "run_grid"),
+    }[command]  # fmt: skip
+    monkeypatch.setattr(module, name, work)
+    assert module.main([*words, flag, bad]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag} {bad}: cannot create this folder (")
+    if command == "benchmark":
+        for flag in ("--out", "--archive"):
+            assert (
+                module.main(["--agents", "sac", "--runs", str(tmp_path / "runs"), flag, bad]) == 2
+            )
+            assert f"error: {flag} {bad}: cannot create" in capsys.readouterr().err

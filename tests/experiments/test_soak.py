@@ -6,8 +6,10 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from experiments import soak
@@ -65,7 +67,9 @@ def test_environments_are_cycled_and_the_growth_is_written(tmp_path: Path) -> No
     assert rows[0] == ["closed", *soak.HELD]
     assert len(rows) > 200
     assert (tmp_path / "out" / "environments.png").stat().st_size > 1000
-    assert "MB per 1000 closed" in (tmp_path / "out" / "README.md").read_text()
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert "MB per 1000 closed" in said
+    assert "Task toy/reach, distraction video_hard." in said
 
 
 @pytest.mark.parametrize(
@@ -94,3 +98,12 @@ def test_training_is_watched_from_outside(tmp_path: Path) -> None:
         rows = list(csv.DictReader(handle))
     assert float(rows[-1]["processes"]) >= 3, "the learner and two workers"
     assert (tmp_path / "out" / "run" / "checkpoints").is_dir(), "it saved when it was told to leave"
+
+
+def test_memory_is_what_no_other_process_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of what others map too (PSS) jumps when they begin or end."""
+    for shared in (0, 900):
+        info = SimpleNamespace(uss=5 * 2**20, pss=(5 + shared) * 2**20, rss=2000 * 2**20)
+        monkeypatch.setattr(psutil.Process, "memory_full_info", lambda self, info=info: info)
+        monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [])
+        assert soak.held()[0] == 5.0

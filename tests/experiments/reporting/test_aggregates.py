@@ -13,7 +13,12 @@ from experiments.reporting.aggregates import Aggregates, aggregate, normalized
 from experiments.reporting.runs import Result, read_run
 from experiments.reporting.scores import Summary, curve, summarize
 from experiments.reporting.tables import learned_notes, scores_table
-from experiments.reporting.tables_across import aggregate_tables, gap_table, looks_table
+from experiments.reporting.tables_across import (
+    aggregate_tables,
+    gap_table,
+    improvement_tables,
+    looks_table,
+)
 from tests.experiments.run_folders import (
     ENV,
     MakeRun,
@@ -119,8 +124,11 @@ def test_one_run_per_task_has_no_interval(make_run: MakeRun, tmp_path: Path) -> 
     found = aggregates_of(summary_of(runs))
     assert not found.has_intervals
     assert all(row[1].aside == "†" for row in aggregate_tables(found)[0].rows)
+    assert improvement_tables(found) == [], "a matrix of ones and zeros"
+    assert [row[0].below for row in aggregate_tables(found)[0].rows] == [("1 run",)] * 2
     page = build_report([tmp_path / "runs"], tmp_path / "out")
     assert {row["low_95"] for row in table(page.parent / "aggregates.csv")} == {""}
+    assert "P(improvement) under" not in text_of(page)
 
 
 def test_tasks_without_a_known_best_have_no_aggregate_section(
