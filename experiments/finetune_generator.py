@@ -24,7 +24,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from agents.generative_models.pipeline_generator import PipelineSettings, Precis
 from agents.generative_models.pipeline_loading import is_pipeline, pipeline_kind
 from agents.generative_models.rewards import parse_reward, reward_help
 from agents.generative_models.tuning_config import TuningConfig
-from agents.generative_models.tuning_loop import TuningSettings
+from agents.generative_models.tuning_loop import LESS_MEMORY, TuningSettings
 from experiments.generators.finetuning import FineTuningSession, choose_prompts, split_held_out
 from experiments.generators.runs import (
     SCHEMA,
@@ -54,7 +54,10 @@ from experiments.running.settings import check_device
 
 COMMAND = "experiments.finetune_generator"
 DEFAULT_METHOD, DEFAULT_REWARD = "flow-grpo", "shapes"
-RESUMABLE = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "patience")
+RESUMABLE = (
+    "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_evaluations", "max_rewards",
+    "patience", "tolerance", "most_kl", "least_recall",
+)  # fmt: skip
 """What --resume may change, beside device and threads."""
 PROMPT_COUNT, REPORT_PROMPTS = 512, 64
 OF_IMAGES = ("guidance", "batch_size")
@@ -170,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sessions.append(FineTuningSession(run, config, resume))
         return sessions[-1]
 
-    run_session(run, config, open_session, resume=resumed is not None)
+    run_session(run, config, open_session, resume=resumed is not None, less_memory=LESS_MEMORY)
     if sessions[-1].is_over:
         print(f"report: {sessions[-1].report().resolve()}")
     return 0
@@ -198,6 +201,8 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
     if pipeline is not None and preset != "debug":
         values |= OF_LORA
     tuning = fill(METHODS[method].config() if method in METHODS else TuningConfig(), values, given)
+    if method in METHODS:
+        refuse_unread(method, tuning, given)
     about = None if pipeline else drawings_of(given["base"])
     counts = {"prompt_count": PROMPT_COUNT, "report_prompts": REPORT_PROMPTS} | values | given
     for name in ("prompt_count", "report_prompts"):
@@ -248,6 +253,20 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
         own = {name: value for name, value in values.items() if name not in names(TuningConfig)}
         config["steering"] = to_dict(fill(STEERING[method][1], own, given))
     return config
+
+
+def refuse_unread(method: str, tuning: TuningConfig, given: Mapping[str, Any]) -> None:
+    """Refuse flags that the method's objective would silently leave out.
+
+    Raises:
+        UserError: names the first of them, and those that the method has.
+    """
+    read = tuning.fields_read()
+    for name in names(TuningConfig):
+        if name in given and name not in read:
+            raise UserError(
+                f"{flag(name)} says nothing to {method} with these settings; it has {', '.join(map(flag, read))}"
+            )
 
 
 def resume_config(config: dict[str, Any], given: dict[str, Any], argv: Sequence[str]) -> None:
@@ -303,9 +322,8 @@ def pipeline_settings(given: dict[str, Any], device: str) -> PipelineSettings | 
     if not is_pipeline(str(given["base"])):
         for name in names(PipelineSettings):
             if name in given:
-                flag = f"--{name.replace('_', '-')}"
                 raise UserError(
-                    f"{flag} is of diffusers pipelines, and '{given['base']}' is none; leave it out"
+                    f"{flag(name)} is of diffusers pipelines, and '{given['base']}' is none; leave it out"
                 )
         return None
     pipeline_kind(str(given["base"]))
@@ -382,6 +400,11 @@ def run_name(config: dict[str, Any]) -> str:
     """Return a folder's name for a run."""
     reward = re.sub(r"[^\w.-]+", "-", config["reward"]).strip("-")
     return f"{config['method']}-{reward}-seed{config['seed']}"
+
+
+def flag(name: str) -> str:
+    """Return a field's flag."""
+    return f"--{name.replace('_', '-')}"
 
 
 def names(cls: type) -> list[str]:

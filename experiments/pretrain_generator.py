@@ -25,7 +25,7 @@ from agents.core.seeding import spawn_seeds
 from agents.core.settings import to_dict
 from agents.generative_models.drawings import DrawingSettings
 from agents.generative_models.generator import GeneratorConfig
-from agents.generative_models.pretraining import PretrainingConfig, PretrainingSettings
+from agents.generative_models.pretraining import LESS_MEMORY, PretrainingConfig, PretrainingSettings
 from experiments.generators.pretraining import PretrainingSession
 from experiments.generators.runs import (
     SCHEMA,
@@ -153,7 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = new_config(given)
         about, seed = config["generator"], config["seed"]
         run = given["run_dir"] or free_run_dir(f"{about['network']}-{about['path']}-seed{seed}")
-    told = run_session(run, config, lambda on: PretrainingSession(run, config, on), resume=resume)
+    told = run_session(
+        run,
+        config,
+        lambda on: PretrainingSession(run, config, on),
+        resume=resume,
+        less_memory=LESS_MEMORY,
+    )
     if told:
         print(f"next: python -m experiments.finetune_generator --base {run}")
     return 0

@@ -104,7 +104,7 @@ class RunLoop(ABC):
     """
 
     unit: ClassVar[str] = "agent step"
-    remedy: ClassVar[str] = "lower a learning rate, or use --precision fp32"
+    remedy: str = "lower a learning rate, or use --precision fp32"
     best_by: ClassVar[str] = "/return_mean"
     store: Replay | None = None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agents.core.chain_steps import standard_normal
 from agents.core.sampling import Denoiser, Sampler
-from agents.core.step_rules import CPS, DanceSDE, FlowSDE, Posterior, StepRule
+from agents.core.step_rules import CPS, DanceSDE, FlowSDE, Posterior, StepRule, excess_noise
 from agents.generative_models.ratio_rules import Reduction, reduced
 from agents.generative_models.tuning_config import Noise, TuningConfig
 
@@ -58,6 +58,7 @@ class ChainBatch:
 
 def step_rules(config: TuningConfig, window_start: int = 0) -> list[StepRule]:
     """Return the rule of every step: noise in the window (or everywhere), none elsewhere nor in the last step."""
+    assert config.noise_level is not None  # see `TuningConfig.on_path`
     noisy = NOISES[config.noise](config.noise_level)
     last = config.denoising_steps - 1
     width = config.window or last
@@ -78,6 +79,15 @@ def window_start(config: TuningConfig, iteration: int, draws: torch.Generator) -
     if config.window_moves == "random":
         return int(torch.randint(places, (1,), generator=draws, device=draws.device))
     return iteration // config.window_every % places
+
+
+def largest_excess(sampler: Sampler) -> float:
+    """Return the largest noise in a sample over what the network expects there, after one of its stochastic steps."""
+    found = [
+        excess_noise(sampler.rules[index], sampler.points[index : index + 2])
+        for index in sampler.stochastic
+    ]
+    return max((excess for each in found for excess in each), default=1.0)
 
 
 def draw_chains(

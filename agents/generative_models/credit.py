@@ -66,6 +66,31 @@ def checked_reward(reward: RewardFunction, images: Tensor, prompts: Sequence[str
     return values
 
 
+def rewards_in_batches(
+    reward: RewardFunction,
+    images: Tensor,
+    prompts: Sequence[str],
+    *,
+    batch: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return rewards float32 [N] on the CPU of any number of images, without gradient; see `checked_reward`.
+
+    Args:
+        reward: sees at most `batch` images at once.
+        images: [N, 3, H, W], anywhere.
+        prompts: N of them.
+        batch: images at once.
+        device: where the reward sees them: a reward that is a network follows.
+    """
+    found = [torch.empty(0)]
+    with torch.no_grad():
+        for first in range(0, len(prompts), batch):
+            some = slice(first, first + batch)
+            found.append(checked_reward(reward, images[some].to(device), prompts[some]).cpu())
+    return torch.cat(found)
+
+
 class ChainValue(nn.Module):
     """DPOK's value of a step of a chain: what reward to expect of x_t, t and the prompt, [B].
 

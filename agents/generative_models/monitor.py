@@ -33,7 +33,7 @@ from agents.core.chain_steps import standard_normal
 from agents.core.errors import UserError
 from agents.core.step_rules import Posterior
 from agents.generative_models.chains import STILL
-from agents.generative_models.credit import RewardFunction, checked_reward
+from agents.generative_models.credit import RewardFunction, rewards_in_batches
 from agents.generative_models.text_to_image import TextToImage
 
 SIDE = 8
@@ -212,7 +212,7 @@ class Monitor:
         """
         return model.generate(
             self.asked, seed=self.seed + other_noise, steps=self.settings.eval_steps, rule=STILL,
-            scale=self.guidance, batch=self.batch_size,
+            scale=self.guidance, batch=self.batch_size, label="evaluation",
         )  # fmt: skip
 
     @torch.no_grad()
@@ -222,7 +222,9 @@ class Monitor:
             self._base = features(self.draw(reference, other_noise=True))
         self.images = self.draw(model)
         scores = {
-            name: checked_reward(reward, self.images, self.asked)
+            name: rewards_in_batches(
+                reward, self.images, self.asked, batch=self.batch_size, device=model.device
+            )
             for name, reward in self.rewards.items()
         }
         vectors = features(self.images)
@@ -257,8 +259,8 @@ class Monitor:
         on = on_frontier(self.history, settings.tolerance)
         if not any(on[-settings.patience :]):
             return (
-                f"the last {settings.patience} evaluations have less gold at more KL than an earlier one: the reward "
-                "is being hacked"
+                f"the last {settings.patience} evaluations (--patience) have less gold at more KL than an earlier one: "
+                "the reward is being hacked"
             )
         return None
 

@@ -77,8 +77,8 @@ class PolicyTuner(GeneratorTuner):
         self.needs_mean = config.ratio_norm or config.surrogate == "divergence"
         if not self.sampler().stochastic:
             raise UserError(
-                f"{config.denoising_steps} denoising steps of noise level {config.noise_level} draw no noise to learn "
-                "from; give at least 2 steps and a level above 0"
+                f"{config.denoising_steps} denoising steps of noise level {config.noise_level:g} draw no noise to "
+                "learn from; give at least 2 steps and a level above 0"
             )
         self.bounds = clip_bounds(config.clip, self.dimension, config.log_prob)
         self.history = ConditionStatistics(config.history, config.history_least)

@@ -22,10 +22,17 @@ from agents.core.agent import Learner
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.logging import Logger
+from agents.core.memory import memory_errors_named
 from agents.core.parameter_averages import ParameterAverage
 from agents.core.run_loop import Hooks, LoopSettings, RunLoop
 from agents.generative_models.drawings import Drawings
 from agents.generative_models.generator import PART, ImageGenerator
+
+LESS_MEMORY = (
+    "lower --batch-size first, then --width, --depth or --size, in a new run; --eval-prompts helps evaluations, and "
+    "--pictures where all of them lie on a GPU"
+)
+"""What to do where memory does not suffice; checkpoints are kept."""
 
 
 @dataclass(frozen=True)
@@ -264,17 +271,8 @@ class PretrainingLoop(RunLoop):
         self.agent.set_progress(progress.agent_steps)
         clock = time.perf_counter()
         batch = self.stream.sample(self.agent.config.batch_size)
-        try:
+        with memory_errors_named(LESS_MEMORY):
             self.metrics.append(self.agent.update(batch))
-        except (MemoryError, RuntimeError) as error:  # on the CPU torch raises the latter
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
-                "can't allocate memory" not in str(error)
-            ):
-                raise
-            raise UserError(
-                "out of memory: lower --batch-size first, then --width, --depth or --size, in a new run; the last "
-                "checkpoint is kept"
-            ) from error
         self._seconds += time.perf_counter() - clock
         progress.gradient_updates += 1
         progress.agent_steps += 1

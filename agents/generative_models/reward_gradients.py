@@ -14,12 +14,14 @@ Both are fast and hack fastest: the reward's own errors are where the gradient l
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from agents.core.chain_steps import standard_normal
@@ -35,12 +37,31 @@ from agents.generative_models.tuner import (
     reward_metrics,
 )
 
+_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+@contextmanager
+def _recomputation() -> Iterator[None]:
+    token = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)
+
+
+def is_recomputing() -> bool:
+    """Whether a denoiser is asked again for activations that were not kept, on the way back."""
+    return _recomputing.get()
+
 
 def recomputed(denoiser: Denoiser) -> Denoiser:
     """Return the denoiser, keeping none of its activations for the gradient."""
 
     def call(x: Tensor, t: Tensor, condition: Any) -> Tensor:
-        result = checkpoint(denoiser, x, t, condition, use_reentrant=False)
+        result = checkpoint(
+            denoiser, x, t, condition, use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _recomputation()),
+        )  # fmt: skip
         assert isinstance(result, Tensor)
         return result
 
@@ -73,6 +94,11 @@ class RewardGradientTuner(GeneratorTuner):
             for part in parts(prompts, self.config.updates):
                 metrics.append(self.descend(partial(self._backward, part)))
         return mean_metrics(metrics)
+
+    def _count(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Count what is drawn; what is only computed again is the price of memory, not of images."""
+        if not is_recomputing():
+            super()._count(module, arguments)
 
     @abstractmethod
     def drawn(self, sampler: Sampler, start: Tensor, condition: Tensor) -> Tensor:

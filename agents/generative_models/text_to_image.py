@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from agents.core.chain_steps import Limits, standard_normal
 from agents.core.denoising import TimeDistribution, corrupt, draw_times, squared_error
@@ -128,14 +129,17 @@ class TextToImage(nn.Module, ABC):
         scale: float,
         shift: float = 1.0,
         batch: int = 64,
+        label: str | None = None,
     ) -> Tensor:
         """Return one image for each prompt, float [N, 3, H, W] in [0, 1], on the CPU.
 
         Image i depends on `seed`, i and prompt i alone, up to rounding: not on the batch, and not on other prompts.
+        With a `label`, a bar of that name shows on a terminal how far it is.
         """
         sampler, denoiser = self.sampler(steps, rule, shift=shift), self.guided(scale)
         images = []
-        for first in range(0, len(prompts), batch):
+        firsts = range(0, len(prompts), batch)
+        for first in tqdm(firsts, label, disable=None if label else True, leave=False):
             some = prompts[first : first + batch]
             noises = [
                 torch.Generator(self.device).manual_seed(_mixed(seed, first + index))

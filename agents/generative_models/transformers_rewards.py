@@ -67,10 +67,10 @@ class ClipModel:
         path = Path(folder)
         _check_files(path, reward)
         try:
-            loaded: Any = transformers.CLIPModel.from_pretrained(
+            clip: Any = transformers.CLIPModel
+            model, found = clip.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-            model, found = loaded
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True
             )
@@ -85,7 +85,7 @@ class ClipModel:
                 f"the weights in '{folder}' lack {absent[0]} and {len(absent) - 1} others of a CLIP, which the reward "
                 f"'{reward}' needs; download all of them again"
             )
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         about: Any = self.model.config
         self.side: int = about.vision_config.image_size
         self.mean, self.std = _statistics(path)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from agents.core.agent import Learner
 from agents.core.errors import UserError
+from agents.core.noise_paths import RectifiedFlow
 from agents.core.parameter_averages import ParameterAverage
 from agents.core.sampling import Denoiser, Sampler
 from agents.generative_models.chains import ChainBatch, draw_chains, step_rules, window_start
@@ -46,7 +47,7 @@ class GeneratorTuner(Learner):
         dimension: d, numbers of a sample.
         iterations: so far.
         evaluations: samples that went through a denoiser so far, the reference's and both halves of guidance included;
-            a loop leaves its evaluations out.
+            a loop leaves its evaluations out, and what is only computed again for a gradient does not count.
         scored: images that the reward has seen so far.
     """
 
@@ -61,7 +62,8 @@ class GeneratorTuner(Learner):
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
-        self.config, self.reward, self.device = config, reward, torch.device(device)
+        self.config = config = config.on_path(is_flow=isinstance(model.path, RectifiedFlow))
+        self.reward, self.device = reward, torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.model = model.to(self.device).requires_grad_(False).eval()
         self.reference = self.model.as_reference()
@@ -149,9 +151,10 @@ class GeneratorTuner(Learner):
 
     def score_batches(self, batches: Sequence[ChainBatch]) -> Tensor:
         """Return the rewards of an iteration's images, [B] over all batches, without gradient."""
-        images = torch.cat([batch.images for batch in batches])
-        with torch.no_grad():
-            return self.score(images, [prompt for batch in batches for prompt in batch.prompts])
+        with (
+            torch.no_grad()
+        ):  # pass by pass: what the network has memory for, the reward's may have, too
+            return torch.cat([self.score(batch.images, batch.prompts) for batch in batches])
 
     def descend(self, backward: Callable[[], Metrics]) -> Metrics:
         """Take one gradient step.

@@ -8,7 +8,7 @@ overridden alone.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, get_args
 
 from agents.core.advantages import Spread
@@ -19,13 +19,39 @@ from agents.on_policy.config import Ranges, at_least_one, not_negative, positive
 Objective = Literal[
     "policy_gradient", "step_preference", "preference", "imitation", "truncated_chain", "one_step"
 ]
-Noise = Literal["flow_sde", "dance_sde", "posterior", "cps"]
+Noise = Literal["auto", "flow_sde", "dance_sde", "posterior", "cps"]
 Surrogate = Literal[
     "ppo_clip", "reinforce", "dual_clip", "masked", "divergence", "spo", "asymmetric"
 ]
 Credit = Literal["group", "leave_one_out", "history", "value"]
 WindowMoves = Literal["progressive", "random"]
 Preference = Literal["dpo", "ipo"]
+
+NOISE_LEVELS: dict[Noise, float] = {"flow_sde": 0.7, "dance_sde": 0.3, "posterior": 1.0, "cps": 0.8}
+"""See `TuningConfig.noise_level`."""
+
+OF_ALL = (
+    "objective denoising_steps shift guidance prompts group batch_size learning_rate weight_decay epochs updates "
+    "max_gradient_norm average_decay"
+)
+"""Settings of every objective."""
+OF_NOISE = "noise noise_level window window_moves window_every shared_noise"
+"""Those of objectives that draw chains with noise."""
+OF_OBJECTIVE: dict[Objective, str] = {
+    "policy_gradient": "credit advantage_limit surrogate clip log_prob ratio_norm step_weight step_share kl",
+    "step_preference": "preference beta log_prob",
+    "preference": "preference beta draws",
+    "imitation": "best draws",
+    "truncated_chain": "gradient_steps checkpoint_activations reward_ceiling",
+    "one_step": "reward_ceiling",
+}
+OF_CREDIT: dict[Credit, str] = {
+    "group": "spread",
+    "leave_one_out": "",
+    "history": "history history_least",
+    "value": "value_updates value_learning_rate",
+}
+"""Those of policy gradients by what a reward is compared with."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +64,12 @@ class TuningConfig:
     # ------------------------------------------------------------------------------------ sampler
     denoising_steps: int = 10
     """Steps of a chain in training (Flow-GRPO 10, DanceGRPO 16, DDPO 50)."""
-    noise: Noise = "flow_sde"
-    """Rule of the stochastic steps. The last one of a chain draws nothing: papers leave it out of what is learned."""
-    noise_level: float = 0.7
-    """a of the flow SDE (.7), eta of the others (Dance .3, DDPO's posterior 1, CPS .8)."""
+    noise: Noise = "auto"
+    """Rule of the stochastic steps: auto is flow_sde on flows, and posterior on diffusions, to which flow_sde tends as
+    steps shrink, but whose first step there leaves many times the noise that the network expects. The last step of a
+    chain draws nothing: papers leave it out of what is learned."""
+    noise_level: float | None = None
+    """a of the flow SDE (.7), eta of the others (Dance .3, DDPO's posterior 1, CPS .8); these where none is given."""
     shift: float = 1.0
     """Time shift of flows: above 1, more steps near the noise (3 for 1024 px; 1 where d is small)."""
     window: int = 0
@@ -128,7 +156,8 @@ class TuningConfig:
     RANGES: ClassVar[Ranges] = (
         ("denoising_steps prompts group batch_size epochs updates best draws history history_least window_every "
          "value_updates", at_least_one, "a positive number"),
-        ("window gradient_steps kl weight_decay noise_level", not_negative, "0 or more"),
+        ("window gradient_steps kl weight_decay", not_negative, "0 or more"),
+        ("noise_level", lambda value: value is None or not_negative(value), "0 or more"),
         ("shift beta clip advantage_limit max_gradient_norm", positive, "a positive number"),
         ("learning_rate value_learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
         ("average_decay", lambda value: 0 <= value < 1, "a share below 1, or 0 for no average"),
@@ -164,5 +193,26 @@ class TuningConfig:
             raise UserError(
                 f"window is {self.window} of {self.denoising_steps} steps; give fewer, or 0 for all"
             )
-        if self.ratio_norm and self.objective != "policy_gradient":
-            raise UserError("ratio_norm is of ratios, which only objective policy_gradient has")
+
+    def on_path(self, *, is_flow: bool) -> TuningConfig:
+        """Return the same settings with the noise that fits a generator's path, where none is given."""
+        noise: Noise = self.noise
+        if noise == "auto":
+            noise = "flow_sde" if is_flow else "posterior"
+        level = NOISE_LEVELS[noise] if self.noise_level is None else self.noise_level
+        return replace(self, noise=noise, noise_level=level)
+
+    def fields_read(self) -> list[str]:
+        """Return the settings that this objective reads, in their order; others change nothing."""
+        read = {*OF_ALL.split(), *OF_OBJECTIVE[self.objective].split()}
+        if self.objective not in ("truncated_chain", "one_step"):
+            read |= set(OF_NOISE.split())
+        if not self.window:
+            read -= {"window_moves", "window_every"}
+        elif self.window_moves == "random":
+            read.remove("window_every")
+        if self.objective == "policy_gradient":
+            read |= set(OF_CREDIT[self.credit].split())
+            if self.surrogate == "reinforce":
+                read.remove("clip")
+        return [field.name for field in fields(self) if field.name in read]

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.logging import Logger
+from agents.core.memory import memory_errors_named
 from agents.core.run_loop import Hooks, LoopSettings, LoopState, RunLoop
 from agents.generative_models.generator import PART
 from agents.generative_models.monitor import Monitor
 from agents.generative_models.tuner import GeneratorTuner
+
+LESS_MEMORY = (
+    "lower --batch-size (images in a pass) first, then --group, --prompts or --denoising-steps; "
+    "--checkpoint-activations helps reward gradients; --gradient-checkpointing, --precision bf16 and a smaller "
+    "--image-size pipelines; fewer --kl-images, --eval-images and --eval-prompts evaluations"
+)
+"""What to do where memory does not suffice."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,18 @@ class TuningSettings(LoopSettings):
     """Iterations between evaluations by the monitor, which is always on; it measures the base and the end, too."""
     checkpoint_every: int = 10
     """Iterations between checkpoints (one is always saved at the end)."""
+    max_evaluations: int = 0
+    """Samples through a denoiser in training after which the run ends, with the iteration that reaches them; 0 for no
+    end. Methods compare at equal ones."""
+    max_rewards: int = 0
+    """Images that training's reward has seen after which it ends, in the same way."""
 
     def __post_init__(self) -> None:
         """Reject values that no run can have; a run without its monitor among them."""
         super().__post_init__()
+        for name in ("max_evaluations", "max_rewards"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.eval_every < 1:
             raise UserError(f"eval_every is {self.eval_every}; give a positive number")
 
@@ -89,9 +104,9 @@ class TuningLoop(RunLoop):
     """
 
     unit = "iteration"
-    remedy = "lower --learning-rate, or raise --kl"
     best_by = "/gold"
     agent: GeneratorTuner
+    settings: TuningSettings
 
     def __init__(
         self,
@@ -108,16 +123,32 @@ class TuningLoop(RunLoop):
         self.prompts, self.monitor = prompts, monitor
         self.stopped: str | None = None
         self._images = 0
+        self.remedy = "lower --learning-rate"
+        if "kl" in tuner.config.fields_read():
+            self.remedy += ", or raise --kl"
 
     def run(self) -> LoopState:
         """See `RunLoop.run`; it ends, too, when the monitor says so."""
         if self.stopped:
             self.hooks.line(
-                f"the monitor has stopped this run: {self.stopped}; --patience 0 goes on"
+                f"the monitor has stopped this run: {self.stopped}; --resume with another value of that flag goes on"
             )
         asked = self.hooks.stop
-        self.hooks.stop = lambda: asked() or self.stopped is not None
+        self.hooks.stop = lambda: asked() or self.why_over() is not None
         return super().run()
+
+    def why_over(self) -> str | None:
+        """Return why the run has ended before all of its iterations, if it has."""
+        return self.stopped or self._why_spent()
+
+    def _why_spent(self) -> str | None:
+        for flag, spent, most in (
+            ("--max-evaluations", self.agent.evaluations, self.settings.max_evaluations),
+            ("--max-rewards", self.agent.scored, self.settings.max_rewards),
+        ):
+            if most and spent >= most:
+                return f"{spent:,} are spent of {flag} {most}"
+        return None
 
     def start(self) -> None:
         """Measure the base."""
@@ -158,12 +189,19 @@ class TuningLoop(RunLoop):
             raise
         self._images += self.agent.scored - scored
         progress.agent_steps += 1
+        if spent := self._why_spent():
+            self.hooks.line(f"the budget ends the run: {spent}; --resume with more goes on")
         progress.gradient_updates = self.agent.gradient_updates
 
     def _evaluate(self) -> None:
-        spent = self.agent.evaluations
-        with named_memory_errors():
-            super()._evaluate()
+        spent, steps = self.agent.evaluations, self.state.progress.agent_steps
+        try:
+            with named_memory_errors():
+                super()._evaluate()
+        except UserError:  # such as a gold reward that breaks: what is learned is kept
+            if 0 < steps != self._saved:
+                self.save()
+            raise
         self.agent.evaluations = spent  # the budget is training's, as that of rewards is
         self.stopped = self.monitor.why_stop()
         if self.stopped:
@@ -171,7 +209,8 @@ class TuningLoop(RunLoop):
 
     def _due(self, every: int) -> bool:
         """The end is evaluated and saved, too."""
-        return super()._due(every) or self.state.progress.agent_steps >= self.settings.steps
+        is_last = self.state.progress.agent_steps >= self.settings.steps or self._why_spent()
+        return super()._due(every) or bool(is_last)
 
     def numbers(self, seconds: float, steps: int) -> dict[str, float]:
         """See `RunLoop.numbers`."""
@@ -202,21 +241,6 @@ class TuningLoop(RunLoop):
         return "  ".join(f"{name.removeprefix('eval/')} {v:.3g}" for name, v in values.items())
 
 
-@contextmanager
-def named_memory_errors() -> Iterator[None]:
-    """Say which settings to lower where memory does not suffice.
-
-    Raises:
-        UserError: instead of the error of an allocation that failed.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(
-            "out of memory: lower --batch-size (images in a pass) first, then --group, --prompts or --denoising-steps; "
-            "--checkpoint-activations helps reward gradients; --gradient-checkpointing, --precision bf16 and a smaller "
-            "--image-size pipelines"
-        ) from error
+def named_memory_errors() -> AbstractContextManager[None]:
+    """Say which settings to lower where memory does not suffice; see `memory_errors_named`."""
+    return memory_errors_named(LESS_MEMORY)

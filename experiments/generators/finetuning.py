@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor
 from agents.core.errors import UserError
 from agents.core.logging import Progress
 from agents.core.run_loop import Hooks
-from agents.core.settings import from_dict
-from agents.generative_models.chains import STILL
+from agents.core.settings import from_dict, to_dict
+from agents.core.step_rules import StepRule
+from agents.generative_models.chains import STILL, largest_excess
 from agents.generative_models.contact_sheet import contact_sheet, save_picture
 from agents.generative_models.credit import RewardFunction
 from agents.generative_models.drawings import DrawingSettings
@@ -38,9 +40,11 @@ from agents.generative_models.tuning_loop import (
     named_memory_errors,
 )
 from experiments.generators.plots import monitor_plot
-from experiments.generators.report import write_report
+from experiments.generators.report import FOLDER, is_current, write_report
 from experiments.generators.runs import GeneratorSession
 
+MOST_EXCESS = 1.5
+"""Noise of a training step over what the network expects, above which a run warns."""
 SHOWN = 8
 """Prompts on the sheet of an evaluation."""
 STRICT = "drawings_strict"
@@ -77,6 +81,8 @@ class FineTuningSession(GeneratorSession):
         tuner = make_tuner(
             base, self.rewards["proxy"], about, device=config["device"], seed=seeds["exploration"]
         )
+        config["tuning"] = to_dict(tuner.config)  # with the noise that auto is on this base
+        _warn_of_grain(tuner)
         self.loop = TuningLoop(
             tuner,
             PromptStream(config["prompts"], seeds["replay"]),
@@ -97,7 +103,7 @@ class FineTuningSession(GeneratorSession):
     def is_over(self) -> bool:
         """Whether the run has all its iterations, or the monitor has ended it."""
         done = self.loop.state.progress.agent_steps
-        return done >= self.settings.steps or self.loop.stopped is not None
+        return done >= self.settings.steps or self.loop.why_over() is not None
 
     def estimate(self) -> str:
         """Return what is learned, and what an iteration is; time is known after the first of them."""
@@ -131,8 +137,24 @@ class FineTuningSession(GeneratorSession):
         return {f"eval/{name}": value for name, value in said.values.items()}
 
     def report(self) -> Path:
-        """Write the run's report: the base against the checkpoint of the most gold, on held-out prompts."""
-        spent, stopped = self.tuner.evaluations, self.loop.stopped
+        """Write the run's report: the base against the checkpoint of the most gold, on held-out prompts.
+
+        One that is up to date stays as it is.
+        """
+        page = self.run / FOLDER / "report.md"
+        done = self.loop.state.progress.agent_steps
+        made_of = {
+            "iterations": done,
+            "evaluations": len(self.monitor.history),
+            "over": self.loop.why_over(),
+        }
+        if is_current(page, made_of):
+            return page
+        with named_memory_errors():
+            return self._report(made_of)
+
+    def _report(self, made_of: Mapping[str, Any]) -> Path:
+        spent, over = self.tuner.evaluations, self.loop.why_over()
         count = self.monitor.settings.eval_images
         prompts, reference = self.config["held_out"], self.tuner.reference
         before = draw(reference, prompts, count, self.config)
@@ -161,9 +183,12 @@ class FineTuningSession(GeneratorSession):
                 f"{self.loop.state.progress.agent_steps}.",
                 f"Budget: {spent:,} denoiser evaluations, {self.tuner.scored:,} rewards, "
                 f"{self.loop.state.progress.wall_seconds / 60:.1f} min.",
-                *([f"The monitor stopped the run: {stopped}."] if stopped else []),
+                *([f"What ended the run: {over}."] if over else []),
                 *kept,
             ],
+            made_of=made_of,
+            batch=self.tuner.config.batch_size,
+            device=self.tuner.device,
         )
 
     @contextmanager
@@ -176,6 +201,19 @@ class FineTuningSession(GeneratorSession):
             yield model, parts["progress"]["agent_steps"]
         finally:
             model.load_state_dict(now)
+
+
+def _warn_of_grain(tuner: GeneratorTuner) -> None:
+    """Say so where chains of training have much more noise than the network expects."""
+    if "noise" not in tuner.config.fields_read():
+        return
+    excess = largest_excess(tuner.sampler())
+    if excess > MOST_EXCESS:
+        warnings.warn(
+            f"a step of training leaves {excess:.1f} times the noise that the network expects after it: images may "
+            "come out grainy; give more --denoising-steps, a lower --noise-level, or --noise posterior",
+            stacklevel=2,
+        )
 
 
 def rewards_of(config: Mapping[str, Any]) -> dict[str, RewardFunction]:
@@ -217,6 +255,7 @@ def draw(
     config: Mapping[str, Any],
     *,
     noise: int = 1,
+    rule: StepRule = STILL,
 ) -> Tensor:
     """Return `count` images of each of the report's prompts, from noise that neither training nor monitor has seen.
 
@@ -226,6 +265,7 @@ def draw(
         count: images of each.
         config: of the run.
         noise: its number; images of different numbers are independent.
+        rule: of the steps.
     """
     seeds = np.random.SeedSequence((config["seeds"]["evaluation"], noise))
     seed = int(seeds.generate_state(1)[0])
@@ -233,9 +273,10 @@ def draw(
         [prompt for prompt in prompts for _ in range(count)],
         seed=seed,
         steps=config["monitor"]["eval_steps"],
-        rule=STILL,
+        rule=rule,
         scale=config["tuning"]["guidance"],
         batch=config["tuning"]["batch_size"],
+        label="report",
     )
 
 

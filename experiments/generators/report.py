@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.generative_models.contact_sheet import contact_sheet, save_picture
-from agents.generative_models.credit import RewardFunction, checked_reward
+from agents.generative_models.credit import RewardFunction, rewards_in_batches
 from agents.generative_models.monitor import (
     NEIGHBORS,
     Measurement,
@@ -53,6 +54,9 @@ def compare(
     prompts: Sequence[str],
     rewards: Mapping[str, RewardFunction],
     images: int,
+    *,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
 ) -> list[Row]:
     """Return a row for every reward.
 
@@ -62,12 +66,18 @@ def compare(
         prompts: P of them.
         rewards: by name.
         images: of each prompt.
+        batch: images that a reward sees at once.
+        device: where it sees them.
     """
     asked = [prompt for prompt in prompts for _ in range(images)]
     rows = []
     for name, reward in rewards.items():
         values = [
-            checked_reward(reward, some, asked).view(-1, images).mean(1).double().numpy()
+            rewards_in_batches(reward, some, asked, batch=batch, device=device)
+            .view(-1, images)
+            .mean(1)
+            .double()
+            .numpy()
             for some in (before, after)
         ]
         rows.append(Row(name, *(_interval(v) for v in (*values, values[1] - values[0]))))
@@ -95,6 +105,9 @@ def write_report(
     names: tuple[str, str] = ("", ""),
     notes: Sequence[str] = (),
     same_noise: bool = True,
+    made_of: Mapping[str, Any] | None = None,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Write report.md, report.json, the grids and the monitor's plot into a run's folder, and return the page.
 
@@ -113,9 +126,12 @@ def write_report(
         names: of proxy and gold.
         notes: further lines.
         same_noise: whether both began with it.
+        made_of: what of the run it depends on; see `is_current`.
+        batch: images that a reward sees at once.
+        device: where it sees them.
     """
     folder = run / FOLDER
-    rows = compare(before, after, prompts, rewards, images)
+    rows = compare(before, after, prompts, rewards, images, batch=batch, device=device)
     vectors = [features(some) for some in (before, after)]
     diversity: dict[str, list[float | None]] = {
         "distance": [float(group_distance(v, images)) if images > 1 else None for v in vectors],
@@ -141,6 +157,7 @@ def write_report(
         "diversity": diversity,
         "history": [vars(each) for each in history],
         "notes": list(notes),
+        "made_of": dict(made_of or {}),
     }
     write_json(folder / "report.json", content)
     page = folder / "report.md"
@@ -148,6 +165,18 @@ def write_report(
     of_what += ", the same noise before and after" if same_noise else ""
     page.write_text(_page(title, of_what, rows, diversity, bool(history), notes))
     return page
+
+
+def is_current(page: Path, made_of: Mapping[str, Any]) -> bool:
+    """Whether a report is there, whole, and of what it would be made of now."""
+    folder = page.parent
+    if not all((folder / name).is_file() for name in (page.name, "before.png", "after.png")):
+        return False
+    try:
+        said = json.loads((folder / "report.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(said, dict) and said.get("made_of") == made_of
 
 
 def _page(

@@ -14,6 +14,7 @@ import torch
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.logging import Logger
+from agents.core.memory import memory_errors_named
 from agents.core.run_loop import RunLoop
 from agents.core.seeding import seed_libraries
 from agents.core.trees import check_schema
@@ -130,6 +131,7 @@ def run_session(
     open_session: Callable[[bool], GeneratorSession],
     *,
     resume: bool,
+    less_memory: str,
 ) -> bool:
     """Train in a run folder until the end, or until a signal asks to save and leave.
 
@@ -138,14 +140,16 @@ def run_session(
         config: written when the run begins and again when everything is settled.
         open_session: opens the run, given whether it goes on.
         resume: go on with it.
+        less_memory: what to do where memory does not suffice.
 
     Returns:
         Whether there is a run to tell of: False where nothing was left to do.
     """
     is_new = not resume and make_run_dir(run)
-    with stop_on_signal() as stopped, lock_run(run):
+    with stop_on_signal() as stopped, lock_run(run), memory_errors_named(less_memory):
         if not resume:
             begin_run(run, config)
+        print(f"run folder: {run}", flush=True)
         if config["threads"]:  # a session evaluates its base as it opens
             torch.set_num_threads(config["threads"])
         try:
@@ -157,11 +161,11 @@ def run_session(
         try:
             loop, steps = session.loop, session.loop.settings.steps
             done = loop.state.progress.agent_steps
-            print(f"run folder: {run}")
             if resume and done >= steps:
                 print(
                     f"nothing to do: it has {done:,} of {steps:,} {loop.unit}s; give more --steps to go on"
                 )
+                session.close()
                 return False
             session.settle()
             write_json(run / "config.json", config)

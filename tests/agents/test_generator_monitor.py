@@ -183,7 +183,7 @@ def test_evaluations_are_of_the_same_noise_and_leave_the_run_alone():
 
 
 def loop_of(folder, *, steps=4, model=None, settings=NEVER_STOPS, reward=redness, gold=blueness,
-            resume=False, **overrides):  # fmt: skip
+            resume=False, budget=(0, 0), **overrides):  # fmt: skip
     config = METHODS["flow-grpo"].config(
         **{
             "denoising_steps": 3,
@@ -208,7 +208,9 @@ def loop_of(folder, *, steps=4, model=None, settings=NEVER_STOPS, reward=redness
 
     loop = TuningLoop(
         tuner, PromptStream(PROMPTS, 2), watch,
-        TuningSettings(steps=steps, eval_every=2, checkpoint_every=2),
+        TuningSettings(
+            steps=steps, eval_every=2, checkpoint_every=2, max_evaluations=budget[0], max_rewards=budget[1],
+        ),
         logger=Logger(folder, resume_from=done), checkpoints=checkpoints,
         hooks=Hooks(evaluate=evaluate, line=lines.append),
     )  # fmt: skip
@@ -255,7 +257,7 @@ def test_the_monitor_stops_the_loop_and_the_best_is_kept(tmp_path):
     }
     again, lines = loop_of(tmp_path, steps=60, settings=SETTINGS, **options)
     assert again.run().progress.agent_steps == state.progress.agent_steps
-    assert "--patience 0" in lines[0]
+    assert "(--patience)" in lines[0]
     further, _ = loop_of(tmp_path, steps=state.progress.agent_steps + 1, **options)
     assert further.run().progress.agent_steps == state.progress.agent_steps + 1
 
@@ -277,11 +279,11 @@ def test_a_diverged_run_names_what_is_not_finite_and_keeps_its_checkpoint(tmp_pa
 
 
 def test_a_reward_that_breaks_loses_nothing(tmp_path):
-    calls = []
+    calls = []  # two in an iteration, one for each pass: it breaks in the middle of the sixth
 
     def breaks(images, prompts):
         calls.append(1)
-        return redness(images, prompts) if len(calls) < 6 else torch.zeros(3, 2)
+        return redness(images, prompts) if len(calls) < 12 else torch.zeros(3, 2)
 
     loop, _ = loop_of(tmp_path, steps=8, reward=breaks)
     loop.monitor.rewards["proxy"] = redness
@@ -310,6 +312,71 @@ def test_the_budget_is_training_s_alone_and_the_same_after_a_resume(tmp_path):
     rest, _ = loop_of(tmp_path / "half", resume=True)
     rest.run()
     assert rest.agent.evaluations == whole.agent.evaluations
+
+
+PER_ITERATION = 6 * (3 + 2 * 2)
+
+
+@pytest.mark.parametrize("budget", [(2 * PER_ITERATION + 1, 0), (0, 13)])
+def test_a_budget_ends_the_run_with_a_whole_iteration_and_more_goes_on(tmp_path, budget):
+    loop, lines = loop_of(tmp_path / "one", steps=9, budget=budget)
+    loop.run()
+    loop.logger.close()
+    assert loop.agent.iterations == 3
+    assert sum("the budget ends the run" in line for line in lines) == 1
+    assert loop.monitor.history[-1].step == 3  # the end is evaluated
+    assert CheckpointStore(tmp_path / "one").latest().name == "step-000000003"
+    assert loop.why_over().startswith(("126 are spent of --max-eval", "18 are spent of --max-rew"))
+    same, _ = loop_of(tmp_path / "one", steps=9, budget=budget, resume=True)
+    assert same.run().progress.agent_steps == 3
+    same.logger.close()
+    more, _ = loop_of(tmp_path / "one", steps=5, budget=tuple(9 * b for b in budget), resume=True)
+    more.run()
+    whole, _ = loop_of(tmp_path / "whole", steps=5)
+    whole.run()
+    assert more.agent.extra_state() == whole.agent.extra_state()
+    for key, value in whole.agent.model.state_dict().items():
+        assert torch.equal(value, more.agent.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(("name", "value"), [("most_kl", 1e-9), ("least_recall", 1.1)])
+def test_a_run_that_a_bound_has_stopped_goes_on_with_another(tmp_path, name, value):
+    bounded = dataclasses.replace(NEVER_STOPS, **{name: value})
+    loop, lines = loop_of(tmp_path, steps=4, settings=bounded, learning_rate=0.01)
+    steps = loop.run().progress.agent_steps
+    loop.logger.close()
+    assert steps < 4
+    flag = f"--{name.replace('_', '-')}"
+    assert flag in lines[-1]
+    again, lines = loop_of(tmp_path, steps=4, settings=bounded, resume=True, learning_rate=0.01)
+    assert again.run().progress.agent_steps == steps
+    again.logger.close()
+    assert flag in lines[0]
+    assert "--patience" not in lines[0]
+    rest, _ = loop_of(tmp_path, steps=4, resume=True, learning_rate=0.01)
+    assert rest.run().progress.agent_steps == 4
+
+
+def test_what_is_learned_is_kept_when_an_evaluation_breaks(tmp_path):
+    calls = []
+
+    def gold(images, prompts):
+        calls.append(1)
+        return blueness(images, prompts) * (math.nan if len(calls) > 2 else 1)
+
+    loop, _ = loop_of(tmp_path, steps=4, gold=gold)
+    loop.settings = dataclasses.replace(loop.settings, checkpoint_every=100)
+    with pytest.raises(UserError, match="is nan"):
+        loop.run()
+    saved = CheckpointStore(tmp_path).latest().name
+    assert saved == "step-000000004"
+
+
+def test_only_methods_with_a_kl_are_told_to_raise_it(tmp_path):
+    loop, _ = loop_of(tmp_path / "policy")
+    assert loop.remedy.endswith("raise --kl")
+    other, _ = loop_of(tmp_path / "pairs", objective="preference")
+    assert other.remedy == "lower --learning-rate"
 
 
 def test_missing_memory_says_which_settings_to_lower():

@@ -658,12 +658,104 @@ def test_bad_rewards_are_named(reward, match):
         ({"window_moves": "back"}, "window_moves is back"),
         ({"reward_ceiling": math.nan}, "reward_ceiling is nan"),
         ({"objective": "imitation", "best": 4}, "fewer than all"),
-        ({"objective": "imitation", "ratio_norm": True}, "ratio_norm"),
+        ({"noise_level": -0.1}, "noise_level is -0.1"),
     ],
 )
 def test_impossible_settings_are_refused(overrides, match):
     with pytest.raises(UserError, match=match):
         tuner_of("flow-grpo", **overrides)
+
+
+OTHER_VALUES = {
+    "noise": "cps", "noise_level": 0.5, "window": 2, "window_moves": "random", "window_every": 1, "shared_noise": True,
+    "credit": "leave_one_out", "spread": "none", "advantage_limit": 0.1, "history": 3, "history_least": 2,
+    "value_updates": 1, "value_learning_rate": 0.3, "surrogate": "spo", "clip": 1e-6, "log_prob": "sum",
+    "ratio_norm": True, "step_weight": "noise", "step_share": 0.3, "kl": 0.7, "preference": "ipo", "beta": 7.0,
+    "best": 2, "draws": 3, "gradient_steps": 3, "checkpoint_activations": False, "reward_ceiling": -9.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*METHODS, "windowed"])
+def test_what_an_objective_does_not_read_changes_nothing(name):
+    """And what it reads it does read: `fields_read` is the truth, by which flags are refused."""
+    overrides = {"window": 2, "window_moves": "random"} if name == "windowed" else {}
+    name = "flow-grpo" if name == "windowed" else name
+    overrides |= {"group": 1} if METHODS[name].settings.get("group") == 1 else {}
+    config, asked = settings(name, **overrides), set()
+    read = config.fields_read()
+    unread = {f.name for f in dataclasses.fields(config)} - set(read)
+    assert unread <= set(OTHER_VALUES)
+    other = dataclasses.replace(config, **{name: OTHER_VALUES[name] for name in unread})
+    assert other != config
+
+    class Asked(TuningConfig):
+        def __getattribute__(self, attribute):
+            asked.add(attribute)
+            return super().__getattribute__(attribute)
+
+    results = []
+    for each in (config, other):
+        tuner = make_tuner(toy_generator(), redness, each, seed=3)
+        listening = Asked(**dataclasses.asdict(tuner.config))
+        asked.clear()
+        tuner.config = listening
+        for _ in range(2):
+            tuner.update(PROMPTS[:2])
+        results.append(list(tuner.model.denoiser.parameters()))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    at_once = {
+        "objective", "noise", "noise_level", "denoising_steps", "clip", "learning_rate", "weight_decay",
+        "average_decay", "history", "history_least", "value_learning_rate", "shift", "max_gradient_norm", "prompts",
+    }  # fmt: skip
+    assert set(read) <= asked | at_once  # those are read when a tuner is made, or by the loop
+
+
+@pytest.mark.parametrize(("path", "rule"), [("flow", FlowSDE(0.7)), ("cosine", Posterior(1.0))])
+def test_noise_that_nobody_chose_fits_the_path(path, rule):
+    """On a diffusion the flow SDE's first step leaves 4.7 times the noise that the network expects, and more."""
+    tuner = tuner_of("flow-grpo", tiny_network(path=path))
+    assert tuner.sampler().rules[:-1] == [rule] * 4
+    assert (tuner.config.noise, tuner.config.noise_level) != ("auto", None)
+    assert chains.largest_excess(tuner.sampler()) < 1.5
+    for given in ({"noise": "flow_sde"}, {"noise": "flow_sde", "noise_level": 0.7}):
+        asked = tuner_of("flow-grpo", tiny_network(path="cosine"), denoising_steps=10, **given)
+        assert chains.largest_excess(asked.sampler()) == pytest.approx(4.685, abs=0.001)
+
+
+def test_a_reward_sees_no_more_images_at_once_than_a_pass_has():
+    seen = []
+
+    def reward(images, prompts):
+        seen.append(len(prompts))
+        return redness(images, prompts)
+
+    tuner = tuner_of("flow-grpo", reward=reward)
+    _, batches = tuner.draw(PROMPTS[:2])
+    values = tuner.score_batches(batches)
+    images = torch.cat([batch.images for batch in batches])
+    torch.testing.assert_close(values, redness(images, None))
+    assert seen == [len(batch) for batch in batches]
+    assert max(seen) <= tuner.config.batch_size < len(images)
+    seen.clear()
+    again = credit.rewards_in_batches(reward, images, PROMPTS[:1] * len(images), batch=3)
+    assert torch.equal(again, values.cpu())
+    assert seen == [3, 3, 2]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_activations_that_are_computed_again_are_no_evaluations(recompute):
+    tuner = tuner_of(
+        "alignprop",
+        group=1,
+        prompts=4,
+        batch_size=4,
+        guidance=2.0,
+        checkpoint_activations=recompute,
+    )
+    for _ in range(3):
+        tuner.update(PROMPTS)
+    assert tuner.evaluations == 3 * 4 * 5 * 2  # iterations, images, steps, both halves of guidance
 
 
 def test_unknown_methods_get_the_nearest_names_and_no_prompt_is_refused():

@@ -9,6 +9,7 @@ import torch
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.settings import to_dict
+from agents.core.step_rules import Posterior
 from agents.generative_models.drawings import DrawingSettings
 from agents.generative_models.generator import (
     GeneratorConfig,
@@ -20,6 +21,7 @@ from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import Monitor
 from agents.generative_models.rewards import REWARDS
 from experiments.finetune_generator import PRESETS, default_gold, main, new_config, parser
+from experiments.generators import finetuning, steering
 from experiments.generators.finetuning import FineTuningSession, split_held_out
 from experiments.generators.pretraining import vocabulary_of
 
@@ -91,6 +93,43 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(base, tmp_path):
         json.loads((run / "report" / "report.json").read_text())["rewards"] for run in (whole, half)
     ]
     assert reports[0] == reports[1]
+
+
+def test_a_report_that_is_up_to_date_is_not_drawn_again(base, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert (
+        main(words(base, run, "--steps", 1, "--most-kl", "1e-12", "--learning-rate", "0.01")) == 0
+    )
+    said = capsys.readouterr().out
+    assert said.index("run folder:") < said.index("evaluation:")
+    page = run / "report" / "report.md"
+    assert "What ended the run: the KL" in page.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "draw", None)
+        assert main(["--resume", str(run)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    (run / "report" / "after.png").unlink()
+    assert main(["--resume", str(run), "--steps", "1"]) == 0
+    assert (run / "report" / "after.png").is_file()
+    before = page.read_text()
+    assert main(["--resume", str(run), "--steps", "2", "--most-kl", "9e9"]) == 0
+    assert page.read_text() != before
+    assert "What ended" not in page.read_text()
+
+
+@pytest.mark.parametrize("method", ["flow-grpo", "best-of-n"])
+def test_missing_memory_of_a_report_is_one_line(base, tmp_path, monkeypatch, capsys, method):
+    def fail(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = tmp_path / "run"
+    for module in (finetuning, steering):
+        monkeypatch.setattr(module, "draw", fail)
+    assert main(words(base, run, "--method", method)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: out of memory: lower --batch-size")
+    assert ("--candidates" in said) == (method == "best-of-n")
+    assert CheckpointStore(run).latest() if method == "flow-grpo" else not run.exists()
 
 
 def test_the_average_is_what_is_measured_kept_and_reported(base, tmp_path):
@@ -182,6 +221,23 @@ def test_steering_is_reported_and_no_worse(base, tmp_path, method):
     assert rows[0]["name"] == "symmetry (optimized)"
     assert rows[0]["gain"][0] > 0
     assert not (run / "checkpoints").exists()
+    # 2 prompts of 2 images in 2 steps, both halves of guidance; the search goes 51 times and 1 to begin with.
+    evaluations, rewards = {
+        "fk-steering": (4 * 4 * 4, 4 * 4), "best-of-n": (4 * 8 * 4, 4 * 8), "reno": (4 * 51 * 4, 4 * 51),
+    }[method]  # fmt: skip
+    page = (run / "report" / "report.md").read_text()
+    said = f"Budget: {evaluations} denoiser evaluations and {rewards} rewards for 4 images; without steering, 16"
+    assert said in page
+
+
+@pytest.mark.parametrize(("method", "eta"), [("fk-steering", 1.0), ("best-of-n", 0.0)])
+def test_images_without_steering_come_from_the_rule_that_is_steered(
+    base, tmp_path, monkeypatch, method, eta
+):
+    rules, draw = [], steering.draw
+    monkeypatch.setattr(steering, "draw", lambda *a, **k: rules.append(k["rule"]) or draw(*a, **k))
+    assert main(words(base, tmp_path / "run", "--method", method)) == 0
+    assert rules == [Posterior(eta)] * 2
 
 
 @pytest.mark.parametrize(
@@ -193,6 +249,12 @@ def test_steering_is_reported_and_no_worse(base, tmp_path, method):
         (("--method", "alignprop", "--reward", "shapes"), "has no gradient"),
         (("--method", "reno", "--reward", "shapes"), "has no gradient"),
         (("--cliip", "1"), "did you mean --clip"),
+        (("--method", "alignprop", "--kl", "0.5"), "--kl says nothing to alignprop"),
+        (("--method", "raft", "--clip", "9"), "--learning-rate"),
+        (("--method", "ddpo", "--spread", "group"), "--history, --history-least"),
+        (("--method", "refl", "--window", "2"), "--reward-ceiling"),
+        (("--beta", "2"), "--beta says nothing to flow-grpo"),
+        (("--max-evaluations", "-1"), "max_evaluations is -1"),
         (("--group", "1"), "at least 2"),
         (("--noise-level", "0"), "draw no noise"),
         (("--threads", "0"), "--threads is 0"),
