@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agents.core.chain_steps import standard_normal
+from agents.core.chain_steps import reduce_log_prob, standard_normal
 from agents.core.sampling import Denoiser, Sampler
 from agents.core.step_rules import CPS, DanceSDE, FlowSDE, Posterior, StepRule, excess_noise
-from agents.generative_models.ratio_rules import Reduction, reduced
+from agents.generative_models.ratio_rules import Reduction
 from agents.generative_models.tuning_config import Noise, TuningConfig
 
 STILL = Posterior(0.0)
@@ -142,7 +142,7 @@ def draw_chains(
                     condition=condition[place],
                     group=place,
                     samples=chain.samples,
-                    log_prob={index: reduced(each, how) for index, each in logs},
+                    log_prob={index: reduce_log_prob(each, how) for index, each in logs},
                     mean=dict(means),
                     images=decode(chain.data),
                 )

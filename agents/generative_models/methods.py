@@ -23,9 +23,11 @@ whole denoiser learns instead of a LoRA (pipelines have one); the step to the da
 Gaussian ones per number, of the chain's own steps. DDPO: 10 steps instead of 50. DPOK: `ppo_clip`, a clip with a
 minimum, where its code clamps the ratio alone and a step that left the band is never led back; its KL is of the steps,
 not |eps - eps_ref|^2; advantages are brought to mean 0 and spread 1 instead of multiplied by 10 to 1000. D3PO: its code
-clamps the ratio inside the logarithm, which stops the gradient on both sides; here log-ratios are whole. Diffusion-DPO:
-pairs are made on the fly and judged by the reward. MixGRPO: the window wraps. ReFL: without the pretraining loss, and
-with no ceiling unless one is given.
+clamps the ratio inside the logarithm, which stops the gradient on both sides; here log-ratios are whole. Its beta of .1
+is on means over 16,384 numbers, 6e-6 on sums, which holds nothing at the reference; here .1 is on sums, as DPO has it.
+Diffusion-DPO: pairs are made on the fly and judged by the reward. Flow-GRPO, GRPO-Guard and MixGRPO: on diffusions, the
+posterior of eta 1 is the noise, to which the flow SDE of sqrt(2) tends. MixGRPO: the window wraps. ReFL: without the
+pretraining loss, and with no ceiling unless one is given.
 """
 
 from __future__ import annotations

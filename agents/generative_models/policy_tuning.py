@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.core.advantages import ConditionStatistics
+from agents.core.chain_steps import reduce_log_prob
 from agents.core.errors import UserError
 from agents.core.policy_gradient import (
     asymmetric_trust_region,
@@ -34,7 +35,6 @@ from agents.generative_models.ratio_rules import (
     ClipBounds,
     clip_bounds,
     normalized_log_ratio,
-    reduced,
     step_weights,
 )
 from agents.generative_models.tuner import (
@@ -173,19 +173,19 @@ class PolicyTuner(GeneratorTuner):
         config = self.config
         x, drawn = batch.samples[index], batch.samples[index + 1]
         step = sampler.step(self.guided(self.model), x, index, batch.condition)
-        log_ratio = reduced(step.log_prob(drawn), config.log_prob) - batch.log_prob[index]
+        log_ratio = reduce_log_prob(step.log_prob(drawn), config.log_prob) - batch.log_prob[index]
         if config.ratio_norm:
             log_ratio = normalized_log_ratio(log_ratio, step, batch.mean[index], config.log_prob)
         divergence = None
         if config.surrogate == "divergence":
-            divergence = reduced(step.kl(batch.mean[index]), "mean")
+            divergence = reduce_log_prob(step.kl(batch.mean[index]), "mean")
         loss = self._surrogate(log_ratio, advantage, divergence)
         metrics = ratio_metrics(log_ratio[kept], clip=self.bounds.high)
         metrics["loss/policy"] = loss[kept].mean().detach()
         if config.kl:
             with torch.no_grad():
                 reference = sampler.step(self.guided(self.reference), x, index, batch.condition)
-            kl = reduced(step.kl(reference.mean), "mean")
+            kl = reduce_log_prob(step.kl(reference.mean), "mean")
             loss = loss + config.kl * kl
             metrics["loss/kl"] = kl[kept].mean().detach()
         return loss[kept].sum(), metrics

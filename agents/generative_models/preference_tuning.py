@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.core.chain_steps import standard_normal
+from agents.core.chain_steps import reduce_log_prob, standard_normal
 from agents.core.denoising import draw_times
 from agents.core.errors import UserError
 from agents.core.preferences import denoising_log_ratio, dpo, ipo
 from agents.core.sampling import Sampler
 from agents.generative_models.chains import ChainBatch
 from agents.generative_models.credit import best_and_worst, best_of_group
-from agents.generative_models.ratio_rules import reduced
 from agents.generative_models.tuner import (
     GeneratorTuner,
     Metrics,
@@ -144,7 +143,9 @@ class NoisedPairTuner(PairTuner):
 
 
 class StepPairTuner(PairTuner):
-    """D3PO: every stochastic step of two chains from one noise is a comparison."""
+    """D3PO: every stochastic step of two chains from one noise is a comparison; a gradient step is of their mean."""
+
+    _index = 0  # the step that is compared
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -153,9 +154,21 @@ class StepPairTuner(PairTuner):
                 "chains without noise have no steps to compare; give a --noise-level above 0 and 2 steps or more"
             )
 
+    def _backward(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> Metrics:
+        """Add up the gradients of all stochastic steps, one after the other: memory is that of one."""
+        metrics = []
+        for self._index in sampler.stochastic:
+            metrics.append(super()._backward(sampler, drawn, places))
+        return mean_metrics(metrics)
+
+    def loss(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> tuple[Tensor, Metrics]:
+        """Return one step's share of the mean over steps."""
+        loss, metrics = super().loss(sampler, drawn, places)
+        return loss / len(sampler.stochastic), metrics
+
     def log_ratio(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> Tensor:
-        """See `PairTuner.log_ratio`; one stochastic step of every pair, drawn at random."""
-        index = sampler.stochastic[self.shuffled(len(sampler.stochastic))[0]]
+        """See `PairTuner.log_ratio`; of the step that is compared."""
+        index = self._index
         x, result = (
             drawn.samples[index, places.flatten()],
             drawn.samples[index + 1, places.flatten()],
@@ -164,5 +177,5 @@ class StepPairTuner(PairTuner):
         step = sampler.step(self.guided(self.model), x, index, condition)
         with torch.no_grad():
             reference = sampler.step(self.guided(self.reference), x, index, condition)
-            old = reduced(reference.log_prob(result), self.config.log_prob)
-        return (reduced(step.log_prob(result), self.config.log_prob) - old).view(2, -1)
+            old = reduce_log_prob(reference.log_prob(result), self.config.log_prob)
+        return (reduce_log_prob(step.log_prob(result), self.config.log_prob) - old).view(2, -1)

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from agents.core.chain_steps import Step
+from agents.core.chain_steps import Step, reduce_log_prob
 from agents.core.sampling import Sampler
 
 LARGEST_POWER = 88.0
@@ -63,12 +63,6 @@ def clip_bounds(width: float, dimension: int, how: Reduction) -> ClipBounds:
     return ClipBounds(low, math.expm1(power) if power < LARGEST_POWER else math.inf)
 
 
-def reduced(values: Tensor, how: Reduction) -> Tensor:
-    """Return [B] of values [B, ...], each sample's own."""
-    flat = values.flatten(1)
-    return flat.sum(1) if how == "sum" else flat.mean(1)
-
-
 def normalized_log_ratio(log_ratio: Tensor, step: Step, old_mean: Tensor, how: Reduction) -> Tensor:
     """Return GRPO-Guard's log-ratio [B]: std * (log-ratio + KL of the step), which is mean(eps * shift).
 
@@ -78,7 +72,7 @@ def normalized_log_ratio(log_ratio: Tensor, step: Step, old_mean: Tensor, how: R
         old_mean: of the step that drew, [B, ...].
         how: see `clip_bounds`; the KL is reduced like the log-ratio, sample by sample.
     """
-    return step.std * (log_ratio + reduced(step.kl(old_mean), how))
+    return step.std * (log_ratio + reduce_log_prob(step.kl(old_mean), how))
 
 
 def prediction_gains(sampler: Sampler) -> list[float]:

@@ -16,7 +16,7 @@ from agents.core.errors import UserError
 from agents.core.policy_gradient import ppo_clip
 from agents.core.sampling import Sampler
 from agents.core.step_rules import CPS, DanceSDE, FlowSDE, Posterior
-from agents.generative_models import chains, credit, ratio_rules
+from agents.generative_models import chains, credit, preference_tuning, ratio_rules
 from agents.generative_models.credit import image_advantage
 from agents.generative_models.methods import METHODS, find_method
 from agents.generative_models.reward_gradients import truncated_chain
@@ -274,18 +274,24 @@ def test_the_kl_holds_the_model_at_its_reference():
     assert distances[1] < 0.6 * distances[0]
 
 
+CLIPS_ALLOWED = {
+    "agents/core/policy_gradient.py": "the surrogates",
+}
+"""Files that may bound a ratio of probabilities, and why."""
+
+
 def test_no_ratio_is_clipped_anywhere_else():
-    """No file of the agents but `policy_gradient` bounds a ratio, or a name that was made of one."""
-    root = Path(credit.__file__).parents[1]
-    found = [
-        f"{file.name}:{line}"
-        for file in sorted(root.rglob("*.py"))
-        if file.name != "policy_gradient.py"
-        for line in clipped_ratios(file.read_text())
-    ]
+    """No file of agents and experiments but those bounds a ratio, or a name that was made of one."""
+    root, found = Path(credit.__file__).parents[2], []
+    for folder in ("agents", "experiments"):
+        for file in sorted((root / folder).rglob("*.py")):
+            name, text = file.relative_to(root).as_posix(), file.read_text()
+            if name not in CLIPS_ALLOWED:
+                lines = text.splitlines()
+                found += [f"{name}:{n}: {lines[n - 1].strip()}" for n in clipped_ratios(text)]
     assert found == []
-    allowed = (root / "core" / "policy_gradient.py").read_text()
-    assert len(clipped_ratios(allowed)) >= 3  # the scan sees those that are there
+    for name in CLIPS_ALLOWED:
+        assert len(clipped_ratios((root / name).read_text())) >= 3  # the scan sees those there are
 
 
 @pytest.mark.parametrize(
@@ -296,35 +302,67 @@ def test_no_ratio_is_clipped_anywhere_else():
         "log_ratio.exp().clamp(max=1)",
         "r = torch.exp(new_log_prob - log_prob)\nloss = r.clamp(0.8, 1.2)",
         "r = (log_prob - old).exp()\nq = 2 * r\nloss = torch.minimum(q, one)",
+        "np.clip(ratio, 0.8, 1.2)",
+        "torch.where(ratio > 1.2, 1.2, ratio)",
+        "torch.maximum(ratio, low)",
+        "F.hardtanh(ratio, 0.8, 1.2)",
+        "r = torch.exp(new - old)\nr.clamp(0.8, 1.2)",
+        "(x.log_density - old).exp().clamp(0.8, 1.2)",
+        "def f(a):\n if a:\n  if a > 1:\n   r = (new - old).exp()\n return r.clamp(0.8, 1.2)",
     ],
 )
 def test_that_scan_would_find_a_clip(text):
     assert clipped_ratios(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x.clamp(0, 1)",
+        "ratios_of_sides = 2",
+        "w = torch.exp(-x)\nw.clamp(max=1)",
+        "torch.where(a > b, a, b)",
+    ],
+)
+def test_that_scan_finds_no_other_bounds(text):
+    assert not clipped_ratios(text)
+
+
 def clipped_ratios(text):
-    """Return the lines of calls that bound a ratio: what is named so, or made of one or of log-probabilities."""
-    tree = ast.parse(text)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _bounds(node)]
-    lines = [call.lineno for call in calls if RATIO.search(_bounded(call))]
-    scopes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)] or [tree]
-    for scope in scopes:
+    """Return the lines of calls that bound a ratio: what is named so, or made of one or of a difference's power."""
+    tree, lines = ast.parse(text), set()
+    for scope in [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))]:
+        nodes = [node for node in ast.walk(scope) if hasattr(node, "lineno")]
         made = set()
-        for node in ast.walk(scope):  # breadth first: in the order of a function's lines
+        for node in sorted(
+            nodes, key=lambda n: (n.lineno, n.col_offset)
+        ):  # nested ones in their place
             for name, value in _assigned(node):
-                parts = {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}
-                text = ast.unparse(value)
-                if RATIO.search(text) or EXPONENTIAL.search(text) or parts & made:
+                if _is_ratio(value, made):
                     made.add(name)
-            if isinstance(node, ast.Call) and _bounds(node):
-                bounded = ast.parse(_bounded(node))
-                if {n.id for n in ast.walk(bounded) if isinstance(n, ast.Name)} & made:
-                    lines.append(node.lineno)
-    return lines
+            if isinstance(node, ast.Call) and any(_is_ratio(b, made) for b in _bounded(node)):
+                lines.add(node.lineno)
+    return sorted(lines)
 
 
-RATIO = re.compile(r"(^|[^a-z])(log_)?ratios?([^a-z_]|$)")
-EXPONENTIAL = re.compile(r"exp\(.*log_prob|log_prob.*\.exp\(")
+RATIO = re.compile(r"(^|[^a-z_])(log_)?ratios?([^a-z_]|$)")
+BOUNDS = {
+    "clamp", "clip", "clamp_", "clip_", "clamp_min", "clamp_max", "minimum", "maximum", "fmin", "fmax", "hardtanh",
+    "hardtanh_", "where", "where_", "masked_fill",
+}  # fmt: skip
+MODULES = {"torch", "np", "numpy", "F", "functional", "nn.functional", "torch.nn.functional"}
+
+
+def _is_ratio(value, made):
+    """Whether an expression is named a ratio, made of one, or has the power of a difference in it."""
+    for node in ast.walk(value):
+        if isinstance(node, ast.Name) and node.id in made:
+            return True
+        if isinstance(node, ast.Call) and _called(node) in ("exp", "expm1"):
+            inside = node.args or [node.func.value]
+            if any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub) for n in inside):
+                return True
+    return RATIO.search(ast.unparse(value)) is not None
 
 
 def _assigned(node):
@@ -336,19 +374,22 @@ def _assigned(node):
         elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
             for one, its in zip(target.elts, value.elts, strict=True):
                 yield ast.unparse(one), its
+    elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+        yield ast.unparse(node.target), node.value
 
 
-def _bounds(call):
-    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    return name in ("clamp", "clip", "clamp_", "clip_", "clamp_min", "clamp_max", "minimum")
+def _called(call):
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 def _bounded(call):
-    """Return the source of what a call bounds: `x` of `x.clamp(...)` and of `torch.clamp(x, ...)`."""
+    """Return what a call bounds: `x` of `x.clamp(...)`, all arguments of `torch.clamp(x, ...)`."""
+    if _called(call) not in BOUNDS:
+        return []
     owner = call.func.value if isinstance(call.func, ast.Attribute) else None
-    if owner is None or ast.unparse(owner) == "torch":
-        return ", ".join(ast.unparse(argument) for argument in call.args)
-    return ast.unparse(owner)
+    if owner is None or ast.unparse(owner) in MODULES:
+        return call.args
+    return [owner, *call.args] if _called(call) in ("minimum", "maximum", "where") else [owner]
 
 
 # --------------------------------------------------------------------------------- passes and credit
@@ -756,6 +797,34 @@ def test_activations_that_are_computed_again_are_no_evaluations(recompute):
     for _ in range(3):
         tuner.update(PROMPTS)
     assert tuner.evaluations == 3 * 4 * 5 * 2  # iterations, images, steps, both halves of guidance
+
+
+def test_a_gradient_step_of_d3po_is_of_all_stochastic_steps():
+    """Its gradient is that of the mean over steps of their losses."""
+    tuner = tuner_of("d3po", updates=1, batch_size=8)
+    sampler, batches = tuner.draw(PROMPTS[:2])
+    disturbed(tuner)
+    drawn = preference_tuning._Drawn(batches, tuner.score_batches(batches))
+    places = tuner.select(drawn)
+    tuner._backward(sampler, drawn, places)
+    weight = next(tuner.model.denoiser.parameters())
+    found = weight.grad.clone()
+    assert len(sampler.stochastic) == 4
+    x, condition = drawn.samples, drawn.condition
+    losses = []
+    for index in sampler.stochastic:
+        margin = []
+        for row in places:
+            step = sampler.step(tuner.guided(tuner.model), x[index, row], index, condition[row])
+            old = sampler.step(tuner.guided(tuner.reference), x[index, row], index, condition[row])
+            now, then = (
+                Normal(s.mean, s.std).log_prob(x[index + 1, row]).flatten(1).sum(1)
+                for s in (step, old)
+            )
+            margin.append(now - then)
+        losses.append(-torch.nn.functional.logsigmoid(0.1 * (margin[0] - margin[1])).mean())
+    (expected,) = torch.autograd.grad(torch.stack(losses).mean(), weight)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_unknown_methods_get_the_nearest_names_and_no_prompt_is_refused():
