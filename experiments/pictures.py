@@ -91,9 +91,9 @@ def labeled(rows: Sequence[Sequence[np.ndarray]], over: Sequence[str]) -> np.nda
 def distraction_sheet(size: int) -> np.ndarray:
     """Draw every distraction on every task: a column each, in bands of eight, a row per task."""
     columns = [(name, MOMENTS[0], name) for name in (*NAMES, STRONG)]
-    columns += [
-        (name, step, f"{name}\nstep {step}") for name in (MOVING, STILL) for step in MOMENTS
-    ]
+    columns += [(MOVING, step, f"{MOVING}\nstep {step}") for step in MOMENTS]
+    broken = STILL.replace("_static", "_\nstatic")
+    columns += [(STILL, step, f"{broken}, step {step}") for step in MOMENTS]
     bands = []
     for first in range(0, len(columns), COLUMNS):
         band = columns[first : first + COLUMNS]

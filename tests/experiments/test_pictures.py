@@ -21,8 +21,11 @@ def test_every_distraction_is_shown_but_for_those_that_look_like_another(
         return np.zeros((size, size, 3), np.uint8)
 
     monkeypatch.setattr(pictures, "look", look)
-    height, width, _ = pictures.distraction_sheet(96).shape
+    drawn = pictures.distraction_sheet(96)
+    height, width, _ = drawn.shape
     assert (width, height) == (8 * 96, 4 * (34 + 4 * 96)), "bands are of one width"
+    titles = drawn.reshape(4, 34 + 4 * 96, 8, 96, 3)[:, :34] < 128
+    assert not titles[:, :, :, [0, -1]].any(), "no title reaches into the next column"
     names = {name for name, _ in shown}
     missing = set(DISTRACTIONS) - names
     assert {name for name in missing if not name.endswith("_static")} == set(pictures.SAME)
