@@ -34,6 +34,11 @@ def child_seeds(seed: int, names: Sequence[str]) -> dict[str, int]:
     }
 
 
+def rank_seed(seed: int, rank: int) -> int:
+    """Return one of several processes' own seed (see `ranks`); the first one's is `seed` itself."""
+    return seed if rank == 0 else int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+
+
 def seed_libraries(seed: int) -> None:
     """Seed the global generators that libraries use (weight initialization); agents own theirs."""
     random.seed(seed)
