@@ -100,21 +100,22 @@ class PolicyTuner(GeneratorTuner):
         rounds = math.ceil(images / (updates * self.config.batch_size))
         return math.ceil(images / (updates * rounds))
 
-    def update(self, batch: Sequence[str]) -> Metrics:
-        """See `GeneratorTuner.update`."""
+    def iterate(self, batch: Sequence[str]) -> Metrics:
+        """See `GeneratorTuner.iterate`."""
         sampler, batches = self.draw(batch)
         self.iterations += 1
-        reward = self.score_batches(batches)
-        group = torch.cat([each.group for each in batches])
-        prompts = [prompt for each in batches for prompt in each.prompts]
+        reward = self.ranks.gathered(self.score_batches(batches))
+        images = self.config.group
+        group = torch.arange(len(batch), device=self.device).repeat_interleave(images)
+        prompts = [prompt for prompt in batch for _ in range(images)]
         advantage, kept = image_advantage(reward, group, prompts, self.config, self.history)
         metrics = reward_metrics(reward, kept)
         if kept.any():
-            sizes = [len(each) for each in batches]
+            sizes, here = [len(each) for each in batches], self.ranks.span(len(prompts), "images")
             passes = [
                 Pass(each, dict.fromkeys(sampler.stochastic, own), own_kept)
                 for each, own, own_kept in zip(
-                    batches, advantage.split(sizes), kept.split(sizes), strict=True
+                    batches, advantage[here].split(sizes), kept[here].split(sizes), strict=True
                 )
             ]
             if self.value is not None:
@@ -128,26 +129,33 @@ class PolicyTuner(GeneratorTuner):
         weights = step_weights(self.config.step_weight, sampler)
         metrics: list[Metrics] = []
         for _ in range(self.config.epochs):
-            for part in parts(self.shuffled(len(passes)), self.config.updates):
+            for part in parts(self.shuffled(len(passes)), min(self.config.updates, len(passes))):
                 chosen = [
                     (passes[place], index)
                     for place in part
                     for index in self._chosen_steps(sampler)
                     if passes[place].kept.any()
                 ]
-                if chosen:
-                    metrics.append(self.descend(partial(self._backward, sampler, chosen, weights)))
-        if not metrics:
-            return {}
-        # Above 0, something else than the policy has changed since the images were drawn.
-        first = metrics[0]["ratio/largest_deviation"]
-        return mean_metrics(metrics) | {"ratio/first_deviation": first}
+                count = self.ranks.total(sum(int(each.kept.sum()) for each, _ in chosen))
+                if count:
+                    backward = partial(self._backward, sampler, chosen, weights, count)
+                    metrics.append(self.descend(backward))
+        said = mean_metrics(metrics)
+        if metrics and "ratio/largest_deviation" in metrics[0]:
+            # Above 0, something else than the policy has changed since the images were drawn.
+            said["ratio/first_deviation"] = metrics[0]["ratio/largest_deviation"]
+        return said
 
     def _backward(
-        self, sampler: Sampler, pairs: Sequence[tuple[Pass, int]], weights: dict[int, float]
+        self,
+        sampler: Sampler,
+        pairs: Sequence[tuple[Pass, int]],
+        weights: dict[int, float],
+        count: int,
     ) -> Metrics:
-        """Add up the gradients of pairs of pass and step; the loss is their mean over kept images."""
-        count = sum(int(each.kept.sum()) for each, _ in pairs)
+        """Add up the gradients of pairs of pass and step; the loss is their mean over `count` kept images."""
+        if not pairs:  # another process has some
+            return {}
         metrics = []
         for each, index in pairs:
             loss, said = self.step_loss(
@@ -212,6 +220,7 @@ class PolicyTuner(GeneratorTuner):
 
     def _learn_value(self, sampler: Sampler, passes: Sequence[Pass]) -> Metrics:
         """Regress the value of every step of some passes to their images' rewards."""
+        assert self.value is not None
         losses = []
         for _ in range(self.config.value_updates):
             each = passes[self.shuffled(len(passes))[0]]
@@ -221,7 +230,8 @@ class PolicyTuner(GeneratorTuner):
             ]
             loss = torch.stack(errors).square().mean()
             self.value_optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * (len(each.batch) / self.ranks.total(len(each.batch)))).backward()
+            self.ranks.add_gradients(list(self.value.parameters()))
             self.value_optimizer.step()
             losses.append(loss.detach())
         return {"loss/value": torch.stack(losses).mean()}
@@ -234,6 +244,7 @@ class PolicyTuner(GeneratorTuner):
             for each in passes
         ]
         everything = torch.cat([error for own in errors for error in own.values()])
+        everything = self.ranks.gathered(everything)
         mean, spread = everything.mean(), everything.std(correction=0) + 1e-6
         limit = self.config.advantage_limit
         return [

@@ -45,20 +45,24 @@ class _Drawn:
 class SelectionTuner(GeneratorTuner):
     """Draws, selects, and learns from what is selected; see the module and `GeneratorTuner`."""
 
-    def update(self, batch: Sequence[str]) -> Metrics:
-        """See `GeneratorTuner.update`."""
+    def iterate(self, batch: Sequence[str]) -> Metrics:
+        """See `GeneratorTuner.iterate`."""
         sampler, batches = self.draw(batch)
         self.iterations += 1
         drawn = _Drawn(batches, self.score_batches(batches))
         chosen = self.select(drawn)
-        metrics = reward_metrics(drawn.reward) | {
-            "reward/selected": torch.tensor(float(chosen.shape[-1]), device=self.device)
+        counts = self.ranks.each(chosen.shape[-1])
+        metrics = reward_metrics(self.ranks.gathered(drawn.reward)) | {
+            "reward/selected": torch.tensor(float(sum(counts)), device=self.device)
         }
-        if not chosen.numel():
+        if not any(counts):
             return metrics
         steps: list[Metrics] = []
         for _ in range(self.config.epochs):
-            for part in parts(self.shuffled(chosen.shape[-1]), self.config.updates):
+            # As many steps in every process: where fewer images were selected, some are without them.
+            for part in parts(
+                self.shuffled(chosen.shape[-1]), min(self.config.updates, max(counts))
+            ):
                 places = chosen[..., part]
                 steps.append(self.descend(partial(self._backward, sampler, drawn, places)))
         return metrics | mean_metrics(steps)
@@ -74,11 +78,14 @@ class SelectionTuner(GeneratorTuner):
     def _backward(self, sampler: Sampler, drawn: _Drawn, places: Tensor) -> Metrics:
         """Add up gradients, `batch_size` images in a pass."""
         count = places.shape[-1]
+        total = self.ranks.total(count)
+        if not count:  # another process has some
+            return {}
         most = max(1, self.config.batch_size * count // places.numel())
         metrics = []
         for part in places.split(most, -1):
             loss, said = self.loss(sampler, drawn, part)
-            (loss * (part.shape[-1] / count)).backward()
+            (loss * (part.shape[-1] / total)).backward()
             metrics.append(said | {"loss/selection": loss.detach()})
         return mean_metrics(metrics)
 

@@ -85,13 +85,13 @@ class RewardGradientTuner(GeneratorTuner):
             )
         self.still = self.model.sampler(self.config.denoising_steps, STILL, shift=self.config.shift)
 
-    def update(self, batch: Sequence[str]) -> Metrics:
-        """See `GeneratorTuner.update`."""
-        prompts = [prompt for prompt in batch for _ in range(self.config.group)]
+    def iterate(self, batch: Sequence[str]) -> Metrics:
+        """See `GeneratorTuner.iterate`."""
+        prompts = [prompt for prompt in self.own(batch) for _ in range(self.config.group)]
         self.iterations += 1
         metrics = []
         for _ in range(self.config.epochs):
-            for part in parts(prompts, self.config.updates):
+            for part in parts(prompts, min(self.config.updates, len(prompts))):
                 metrics.append(self.descend(partial(self._backward, part)))
         return mean_metrics(metrics)
 
@@ -106,6 +106,7 @@ class RewardGradientTuner(GeneratorTuner):
 
     def _backward(self, prompts: Sequence[str]) -> Metrics:
         seen = []
+        count = self.ranks.total(len(prompts))
         size = self.config.batch_size
         for first in range(0, len(prompts), size):
             some = prompts[first : first + size]
@@ -119,10 +120,10 @@ class RewardGradientTuner(GeneratorTuner):
                     "the reward's result has no gradient, which this method climbs; return a tensor that was computed "
                     "from the images by torch, or use a method such as flow-grpo"
                 )
-            loss = -reward.clamp(max=self.config.reward_ceiling).sum() / len(prompts)
+            loss = -reward.clamp(max=self.config.reward_ceiling).sum() / count
             loss.backward()
             seen.append(reward.detach())
-        return reward_metrics(torch.cat(seen))
+        return reward_metrics(self.ranks.gathered(torch.cat(seen)))
 
 
 class TruncatedChainTuner(RewardGradientTuner):

@@ -3,6 +3,10 @@
 An iteration draws images of some prompts, scores them, and takes a few gradient steps; `update` does all three. Only
 the denoiser learns, or a LoRA of it: the text encoder stays, so a prompt is encoded once in a run. Guidance is one pass
 over a doubled batch.
+
+Several processes (`agents.core.ranks`) share an iteration's prompts out, a prompt's images to one of them, and take its
+gradient steps together: credit is of all images, a loss is divided by the number of all, and gradients are added up
+before they are clipped. So a step is that of one process that has drawn all of these images.
 """
 
 from __future__ import annotations
@@ -20,13 +24,18 @@ from agents.core.agent import Learner
 from agents.core.errors import UserError
 from agents.core.noise_paths import RectifiedFlow
 from agents.core.parameter_averages import ParameterAverage
+from agents.core.ranks import Ranks
 from agents.core.sampling import Denoiser, Sampler
+from agents.core.seeding import rank_seed
 from agents.generative_models.chains import ChainBatch, draw_chains, step_rules, window_start
 from agents.generative_models.credit import RewardFunction, checked_reward
 from agents.generative_models.text_to_image import TextToImage
 from agents.generative_models.tuning_config import TuningConfig
 
 Metrics = dict[str, Tensor]
+
+LARGEST = ("ratio/first_deviation", "ratio/largest_deviation")
+"""Metrics of which the largest of all processes counts; of others it is the mean."""
 
 
 class GeneratorTuner(Learner):
@@ -37,7 +46,8 @@ class GeneratorTuner(Learner):
         reward: of images in [0, 1] and their prompts.
         config: how.
         device: where networks live.
-        seed: of noise, times and orders.
+        seed: of noise, times and orders; each of several processes has its own of it.
+        ranks: the processes that take part; this one alone, if none are given.
 
     Attributes:
         model: learns.
@@ -48,7 +58,10 @@ class GeneratorTuner(Learner):
         iterations: so far.
         evaluations: samples that went through a denoiser so far, the reference's and both halves of guidance included;
             a loop leaves its evaluations out, and what is only computed again for a gradient does not count.
-        scored: images that the reward has seen so far.
+        scored: images that the reward has seen so far; of several processes, these counters are of all.
+
+    Raises:
+        UserError: the prompts of an iteration cannot be shared out evenly over the processes.
     """
 
     needs_mean = False
@@ -61,10 +74,12 @@ class GeneratorTuner(Learner):
         *,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config = config.on_path(is_flow=isinstance(model.path, RectifiedFlow))
-        self.reward, self.device = reward, torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.reward, self.device, self.ranks = reward, torch.device(device), ranks or Ranks()
+        self.ranks.span(config.prompts, "prompts")  # refuses what no iteration could share out
+        self.generator = torch.Generator(self.device).manual_seed(rank_seed(seed, self.ranks.rank))
         self.model = model.to(self.device).requires_grad_(False).eval()
         self.reference = self.model.as_reference()
         self.parameters = self.model.learned()
@@ -92,8 +107,20 @@ class GeneratorTuner(Learner):
     # ------------------------------------------------------------------------ what a method says
 
     @abstractmethod
+    def iterate(self, batch: Sequence[str]) -> Metrics:
+        """Draw images of this process's part of the prompts, score them, and learn with all others."""
+
     def update(self, batch: Sequence[str]) -> Metrics:
-        """Draw images of prompts, score them, and learn; return 0-d detached metrics."""
+        """Draw images of prompts, score them, and learn; return 0-d detached metrics.
+
+        Args:
+            batch: the same prompts in all processes.
+        """
+        spent, scored = self.evaluations, self.scored
+        metrics = self.ranks.combined(self.iterate(batch), self.device, LARGEST)
+        self.evaluations = spent + self.ranks.total(self.evaluations - spent)
+        self.scored = scored + self.ranks.total(self.scored - scored)
+        return metrics
 
     # -------------------------------------------------------------------------------- its parts
 
@@ -131,10 +158,19 @@ class GeneratorTuner(Learner):
         """Return how many of an iteration's images go through the network at once."""
         return min(images, self.config.batch_size)
 
+    def own(self, prompts: Sequence[str]) -> Sequence[str]:
+        """Return this process's part of an iteration's prompts."""
+        return prompts[self.ranks.span(len(prompts), "prompts")]
+
     def draw(self, prompts: Sequence[str]) -> tuple[Sampler, list[ChainBatch]]:
-        """Return an iteration's images with their chains, and what drew them."""
-        config = self.config
-        sampler = self.sampler(window_start(config, self.iterations, self.generator))
+        """Return this process's images of an iteration with their chains, and what drew them.
+
+        Args:
+            prompts: of all processes, which have one window of noise.
+        """
+        config, prompts = self.config, self.own(prompts)
+        start = window_start(config, self.iterations, self.generator)
+        sampler = self.sampler(self.ranks.each(start)[0])
         batches = draw_chains(
             sampler, self.guided(self.model), self.model.decode, prompts, self.condition(prompts),
             self.model.shape, self.generator, group=config.group,
@@ -150,7 +186,7 @@ class GeneratorTuner(Learner):
         return values
 
     def score_batches(self, batches: Sequence[ChainBatch]) -> Tensor:
-        """Return the rewards of an iteration's images, [B] over all batches, without gradient."""
+        """Return the rewards of this process's images, [B] over all batches, without gradient."""
         with (
             torch.no_grad()
         ):  # pass by pass: what the network has memory for, the reward's may have, too
@@ -160,10 +196,11 @@ class GeneratorTuner(Learner):
         """Take one gradient step.
 
         Args:
-            backward: adds gradients to those of `parameters`, and returns metrics.
+            backward: adds gradients of this process's images to those of `parameters`, and returns metrics.
         """
         self.optimizer.zero_grad(set_to_none=True)
         metrics = backward()
+        self.ranks.add_gradients(self.parameters)
         moved = [p for p in self.parameters if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(moved, self.config.max_gradient_norm)
         self.optimizer.step()
@@ -232,8 +269,7 @@ class GeneratorTuner(Learner):
 
 
 def parts(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
-    """Yield `items` in `count` runs of nearly equal length, none empty."""
-    count = min(count, len(items))
+    """Yield `items` in `count` runs of nearly equal length; of fewer items, some are empty."""
     bounds = [len(items) * index // count for index in range(count + 1)]
     for first, last in pairwise(bounds):
         yield items[first:last]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from agents.core.ranks import Ranks
 from agents.generative_models.credit import RewardFunction
 from agents.generative_models.policy_tuning import PolicyTuner
 from agents.generative_models.preference_tuning import (
@@ -33,6 +34,9 @@ def make_tuner(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> GeneratorTuner:
     """Return what fine-tunes a generator as `config` says; see `GeneratorTuner` for the arguments."""
-    return OBJECTIVES[config.objective](model, reward, config, device=device, seed=seed)
+    return OBJECTIVES[config.objective](
+        model, reward, config, device=device, seed=seed, ranks=ranks
+    )

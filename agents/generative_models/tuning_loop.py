@@ -1,4 +1,8 @@
-"""The loop that fine-tunes a generator: iterations, evaluations by the monitor, and a stop where it says so."""
+"""The loop that fine-tunes a generator: iterations, evaluations by the monitor, and a stop where it says so.
+
+Of several processes (`agents.core.ranks`) all run it, step by step together: what one of them is asked, or the first
+one's monitor decides, is done by all after the same iteration. A checkpoint holds the random state of each.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
@@ -133,8 +138,9 @@ class TuningLoop(RunLoop):
             self.hooks.line(
                 f"the monitor has stopped this run: {self.stopped}; --resume with another value of that flag goes on"
             )
-        asked = self.hooks.stop
-        self.hooks.stop = lambda: asked() or self.why_over() is not None
+        ranks, asked = self.agent.ranks, self.hooks.stop
+        self.hooks.stop = lambda: any(ranks.each(asked() or self.why_over() is not None))
+        ranks.check_alike(torch.stack([p.detach().double().sum() for p in self.agent.parameters]))
         return super().run()
 
     def why_over(self) -> str | None:
@@ -159,29 +165,46 @@ class TuningLoop(RunLoop):
         """See `RunLoop.own_parts`; the generator is a part of its own, as `load_generator` finds it."""
         with self.agent.averaged() as model:
             tree = model.to_tree()
-        return {
+        parts = {
             "prompts": self.prompts.get_state(),
             "monitor": {"history": self.monitor.get_state()},
             PART: tree,
         }
+        if self.agent.ranks.size > 1:
+            states = self.agent.ranks.gathered(self.agent.generator.get_state()[None])
+            parts["ranks"] = {"generators": list(states)}
+        return parts
 
     def set_own_parts(self, parts: Mapping[str, Any]) -> None:
         """See `RunLoop.set_own_parts`; a run that the monitor has ended stays so unless its settings have changed."""
+        ranks, states = self.agent.ranks, parts.get("ranks", {}).get("generators", [None])
+        if len(states) != ranks.size:
+            way = (
+                f"by torchrun --nproc-per-node {len(states)}"
+                if len(states) > 1
+                else "without torchrun"
+            )
+            raise UserError(
+                f"this run is one of {len(states)} process{'es' * (len(states) > 1)}, and here are {ranks.size}; go on "
+                f"with it {way}"
+            )
+        if ranks.size > 1:
+            self.agent.generator.set_state(states[ranks.rank])
         self.prompts.set_state(parts["prompts"])
         self.monitor.set_state(parts["monitor"]["history"])
         self.stopped = self.monitor.why_stop()
 
     def _step(self) -> None:
         agent, progress, scored = self.agent, self.state.progress, self.agent.scored
-        updates = agent.gradient_updates
+        ranks, updates = agent.ranks, agent.gradient_updates
         before = (self.prompts.get_state(), agent.generator.get_state(), agent.extra_state())
         try:
-            with named_memory_errors():
+            with ranks.one_fate(), named_memory_errors():
                 self.metrics.append(agent.update(self.prompts.take(agent.config.prompts)))
         except UserError as error:
             # A reward that breaks does so before anything is learned: the iteration is taken back whole, and drawn
             # again when the reward is mended.
-            if agent.gradient_updates == updates:
+            if not any(ranks.each(agent.gradient_updates - updates)):
                 self.prompts.set_state(before[0])
                 agent.generator.set_state(before[1])
                 agent.load_extra_state(before[2])
@@ -196,14 +219,14 @@ class TuningLoop(RunLoop):
     def _evaluate(self) -> None:
         spent, steps = self.agent.evaluations, self.state.progress.agent_steps
         try:
-            with named_memory_errors():
+            with self.agent.ranks.one_fate(), named_memory_errors():
                 super()._evaluate()
         except UserError:  # such as a gold reward that breaks: what is learned is kept
             if 0 < steps != self._saved:
                 self.save()
             raise
         self.agent.evaluations = spent  # the budget is training's, as that of rewards is
-        self.stopped = self.monitor.why_stop()
+        self.stopped = self.agent.ranks.told(self.monitor.why_stop())
         if self.stopped:
             self.hooks.line(f"the monitor stops the run: {self.stopped}")
 

@@ -431,7 +431,7 @@ def test_gradient_steps_share_out_images_and_never_a_chain_s_steps(
     monkeypatch.setattr(
         tuner,
         "_backward",
-        lambda s, pairs, weights: steps.append(pairs) or backward(s, pairs, weights),
+        lambda s, pairs, *given: steps.append(pairs) or backward(s, pairs, *given),
     )
     sampler, _ = tuner.draw(PROMPTS[:1])
     tuner.update(PROMPTS[:1])

@@ -1,5 +1,7 @@
 """Pipelines of diffusers on our samplers and trainers, against diffusers itself, on tiny random weights."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from agents.generative_models.pipeline_generator import (
     load_pipeline,
 )
 from agents.generative_models.tuners import make_tuner
+from tests.agents.thread_ranks import in_threads
 from tests.agents.tiny_pipelines import KINDS, write_pipeline
 from tests.agents.toy_generator import redness
 
@@ -210,6 +213,27 @@ def test_latents_in_half_precision_would_be_noticed(folders):
     step = sampler.step(tuner.guided(tuner.model), rounded[0][index], index, batches[0].condition)
     new = step.log_prob(rounded[0][index + 1]).flatten(1).mean(1)
     assert (new - batches[0].log_prob[index]).abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_two_processes_learn_one_lora(folders, kind):
+    """Each of its own prompt; threads stand in for processes."""
+    alone = threading.Lock()
+
+    def work(ranks):
+        with alone:  # of the library's global generator there is one for all threads
+            generator = open_tiny(folders[kind], lora_rank=2)
+            disturb(generator)
+            config = find_method("flow-grpo").config(**SMALL)
+            tuner = make_tuner(generator, redness, config, seed=3, ranks=ranks)
+        before = [parameter.clone() for parameter in tuner.parameters]
+        return tuner, tuner.update(PROMPTS), before
+
+    (first, metrics, before), (second, _, _) = in_threads(2, work)
+    assert metrics["ratio/first_deviation"] == 0
+    assert all(map(torch.equal, first.parameters, second.parameters))
+    assert not all(map(torch.equal, before, first.parameters))
+    assert not torch.equal(first.generator.get_state(), second.generator.get_state())
 
 
 @pytest.mark.parametrize(
