@@ -6,12 +6,17 @@
     python -m experiments.finetune_generator --base stable-diffusion-v1-5/stable-diffusion-v1-5 --method ddpo \
         --reward "aesthetic(DIR)" --gold "pickscore(DIR)" --prompt-file train.txt --held-out test.txt
     python -m experiments.finetune_generator --resume runs/generators/flow-grpo-shapes-seed0 --steps 200
+    torchrun --nproc-per-node 8 -m experiments.finetune_generator --base RUN --method flow-grpo --reward shapes
 
 Methods are settings of one trainer; --help shows them for the method that --method names, and each can be given.
 Every evaluation draws the same held-out prompts from the same noise and measures the reward that is optimized, a gold
 one that is not, diversity and the KL to the base; the run ends when it only pays (see --patience). At the end a
 report compares base and the checkpoint of the most gold on held-out prompts: RUN/report/report.md. fk-steering, reno
 and best-of-n train nothing: their report compares images of the base with steered ones.
+
+Processes that torchrun starts share the prompts of each iteration out (on CUDA devices each has its own GPU): a step is
+the one that a single process would take of all their images, so settings mean the same. --prompts must be a multiple of
+their number, and --resume needs as many.
 
 The base is a run of pretrain_generator, or a pipeline of diffusers (Stable Diffusion 1 to 3 and XL, FLUX.1): a folder,
 or a name on the hub. Of a pipeline a LoRA learns; the best one is kept in RUN/lora for load_lora_weights of diffusers.
@@ -30,6 +35,8 @@ from typing import Any
 
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
+from agents.core.processes import joined_ranks
+from agents.core.ranks import Ranks
 from agents.core.seeding import spawn_seeds
 from agents.core.settings import to_dict
 from agents.generative_models.methods import METHODS, find_method
@@ -146,6 +153,35 @@ def parser(method: str) -> Parser:
 @run_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
+    with joined_ranks() as ranks:
+        return fine_tune(argv, ranks)
+
+
+def fine_tune(argv: Sequence[str] | None, ranks: Ranks) -> int:
+    """Train what the flags say, with the other processes if there are some, and write the report."""
+    sessions: list[FineTuningSession] = []
+    with ranks.one_fate():
+        run, config, resume = choose_run(argv, ranks)
+        if config["method"] in STEERING:
+            print(f"report: {steer(run, config).resolve()}")
+            return 0
+
+        def open_session(resume: bool) -> FineTuningSession:
+            sessions.append(FineTuningSession(run, config, resume, ranks))
+            return sessions[-1]
+
+        run_session(run, config, open_session, resume=resume, less_memory=LESS_MEMORY, ranks=ranks)
+    if sessions[-1].is_over and ranks.is_first:
+        print(f"report: {sessions[-1].report().resolve()}")
+    return 0
+
+
+def choose_run(argv: Sequence[str] | None, ranks: Ranks) -> tuple[Path, dict[str, Any], bool]:
+    """Return the run's folder, its config, and whether it goes on: those of the first process in all of them.
+
+    Raises:
+        UserError: a flag is wrong, or the run cannot go on.
+    """
     first = Parser(add_help=False)
     first.add_argument("--method", default=DEFAULT_METHOD)
     first.add_argument("--resume", type=Path)
@@ -158,25 +194,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given["threads"] is not None and given["threads"] < 1:
         raise UserError(f"--threads is {given['threads']}; give a positive number")
     import_modules(given["imports"])
-    if resumed is None:
-        config = new_config(method, given)
-        run = given["run_dir"] or free_run_dir(run_name(config))
-    else:
-        run, config = given["resume"], resumed
-        resume_config(config, given, sys.argv[1:] if argv is None else list(argv))
-    if method in STEERING:
-        print(f"report: {steer(run, config).resolve()}")
-        return 0
-    sessions: list[FineTuningSession] = []
-
-    def open_session(resume: bool) -> FineTuningSession:
-        sessions.append(FineTuningSession(run, config, resume))
-        return sessions[-1]
-
-    run_session(run, config, open_session, resume=resumed is not None, less_memory=LESS_MEMORY)
-    if sessions[-1].is_over:
-        print(f"report: {sessions[-1].report().resolve()}")
-    return 0
+    if method in STEERING and ranks.size > 1:
+        raise UserError(
+            f"{method} trains nothing that processes could share; start it without torchrun"
+        )
+    run, config = Path(), {}
+    if ranks.is_first:  # a seed that is drawn, and the number of a folder, are for all
+        if resumed is None:
+            config = new_config(method, given)
+            run = given["run_dir"] or free_run_dir(run_name(config))
+        else:
+            run, config = given["resume"], resumed
+            resume_config(config, given, sys.argv[1:] if argv is None else list(argv))
+        config["processes"] = ranks.size
+    run, config = Path(ranks.told(str(run))), ranks.told(config)
+    return run, config, resumed is not None
 
 
 def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:

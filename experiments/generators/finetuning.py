@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agents.core.errors import UserError
 from agents.core.logging import Progress
+from agents.core.ranks import Ranks
 from agents.core.run_loop import Hooks
 from agents.core.settings import from_dict, to_dict
 from agents.core.step_rules import StepRule
@@ -60,15 +61,18 @@ class FineTuningSession(GeneratorSession):
 
     loop: TuningLoop
 
-    def __init__(self, run: Path, config: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self, run: Path, config: dict[str, Any], resume: bool, ranks: Ranks | None = None
+    ) -> None:
         self.settings = from_dict(TuningSettings, config["loop"])
-        super().__init__(run, config, resume, keep=self.settings.keep_checkpoints)
+        super().__init__(run, config, resume, keep=self.settings.keep_checkpoints, ranks=ranks)
+        device = self.ranks.device(config["device"])
         seeds, about = config["seeds"], from_dict(TuningConfig, config["tuning"])
         self.rewards = rewards_of(config)
         # A run has all of its base, but of a pipeline: where that is now, or what has become of it, does not matter.
         base = generator_of(self.parts[PART]) if self.parts else load_base(config)
         with named_memory_errors():
-            base = base.to(config["device"])
+            base = base.to(device)
             base.check_prompts([*config["prompts"], *config["monitored"], *config["held_out"]])
         self.monitor = Monitor(
             config["monitored"],
@@ -79,8 +83,9 @@ class FineTuningSession(GeneratorSession):
             batch_size=about.batch_size,
         )
         tuner = make_tuner(
-            base, self.rewards["proxy"], about, device=config["device"], seed=seeds["exploration"]
-        )
+            base, self.rewards["proxy"], about, device=device, seed=seeds["exploration"],
+            ranks=self.ranks,
+        )  # fmt: skip
         config["tuning"] = to_dict(tuner.config)  # with the noise that auto is on this base
         _warn_of_grain(tuner)
         self.loop = TuningLoop(
@@ -117,7 +122,10 @@ class FineTuningSession(GeneratorSession):
         )
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
-        """Measure the model, and show the same held-out prompts from the same noise."""
+        """Measure the model, and show the same held-out prompts from the same noise; other processes hear of it."""
+        return self.ranks.told(self._measured(progress) if self.ranks.is_first else {})
+
+    def _measured(self, progress: Progress) -> dict[str, float]:
         step = progress.agent_steps
         with self.tuner.averaged() as model:
             said = self.monitor.measure(step, model, self.tuner.reference)

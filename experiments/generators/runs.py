@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.logging import Logger
 from agents.core.memory import memory_errors_named
+from agents.core.ranks import Ranks
 from agents.core.run_loop import RunLoop
 from agents.core.seeding import seed_libraries
 from agents.core.trees import check_schema
+from experiments.generators.listening import NoLogger, ReadCheckpoints
 from experiments.running.runs import (
     abandon_run,
     begin_run,
@@ -39,17 +41,25 @@ class GeneratorSession(ABC):
         config: config.json's content.
         resume: go on from the newest checkpoint.
         keep: checkpoints to keep.
+        ranks: the processes that train together; only the first one writes.
     """
 
     loop: RunLoop
     logger: Logger
 
-    def __init__(self, run: Path, config: dict[str, Any], resume: bool, *, keep: int) -> None:
-        self.run, self.config = run, config
+    def __init__(
+        self,
+        run: Path,
+        config: dict[str, Any],
+        resume: bool,
+        *,
+        keep: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.run, self.config, self.ranks = run, config, ranks or Ranks()
         seed_libraries(config["seeds"]["agent"])
-        self.checkpoints = CheckpointStore(
-            run, keep=keep, identity={"generator": config["command"]}
-        )
+        make_store = CheckpointStore if self.ranks.is_first else ReadCheckpoints
+        self.checkpoints = make_store(run, keep=keep, identity={"generator": config["command"]})
         saved = resume and self.checkpoints.latest() is not None
         self.parts = self.checkpoints.load() if saved else None
         """Of the checkpoint that the run goes on from, until `begin`; None where there is none."""
@@ -58,7 +68,10 @@ class GeneratorSession(ABC):
     def open_logger(self) -> Logger:
         """Open the run's metrics; what was written after the checkpoint is taken back."""
         done = self.parts["progress"]["agent_steps"] if self.parts else 0
-        self.logger = Logger(self.run, resume_from=done if self._resumes else None)
+        if self.ranks.is_first:
+            self.logger = Logger(self.run, resume_from=done if self._resumes else None)
+        else:
+            self.logger = NoLogger()
         return self.logger
 
     def begin(self) -> None:
@@ -132,6 +145,7 @@ def run_session(
     *,
     resume: bool,
     less_memory: str,
+    ranks: Ranks | None = None,
 ) -> bool:
     """Train in a run folder until the end, or until a signal asks to save and leave.
 
@@ -141,21 +155,26 @@ def run_session(
         open_session: opens the run, given whether it goes on.
         resume: go on with it.
         less_memory: what to do where memory does not suffice.
+        ranks: the processes that train together; only the first one has the folder.
 
     Returns:
         Whether there is a run to tell of: False where nothing was left to do.
     """
-    is_new = not resume and make_run_dir(run)
-    with stop_on_signal() as stopped, lock_run(run), memory_errors_named(less_memory):
-        if not resume:
+    ranks = ranks or Ranks()
+    begins = ranks.is_first and not resume
+    is_new = begins and make_run_dir(run)
+    lock = lock_run(run) if ranks.is_first else nullcontext()
+    with stop_on_signal() as stopped, lock, memory_errors_named(less_memory):
+        if begins:
             begin_run(run, config)
+        ranks.each()  # a folder that is taken ends all before they load anything
         print(f"run folder: {run}", flush=True)
         if config["threads"]:  # a session evaluates its base as it opens
             torch.set_num_threads(config["threads"])
         try:
             session = open_session(resume)
         except BaseException:
-            if not resume:
+            if begins:
                 abandon_run(run, is_new=is_new)
             raise
         try:
@@ -168,7 +187,8 @@ def run_session(
                 session.close()
                 return False
             session.settle()
-            write_json(run / "config.json", config)
+            if ranks.is_first:
+                write_json(run / "config.json", config)
             print(session.estimate(), flush=True)
             loop.hooks.stop = stopped
             loop.run()

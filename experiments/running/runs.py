@@ -187,8 +187,10 @@ def command_line() -> str:
     """Return the command as it can be typed again."""
     main = sys.modules["__main__"]
     module = getattr(getattr(main, "__spec__", None), "name", None)
-    program = ["python", "-m", module] if module else ["python", Path(sys.argv[0]).name]
-    return shlex.join([*program, *sys.argv[1:]])
+    program = ["-m", module] if module else [Path(sys.argv[0]).name]
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
+    start = ["python"] if processes == "1" else ["torchrun", "--nproc-per-node", processes]
+    return shlex.join([*start, *program, *sys.argv[1:]])
 
 
 def describe_system(*, gl: bool = False) -> dict[str, Any]:

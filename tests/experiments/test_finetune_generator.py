@@ -8,41 +8,20 @@ import torch
 
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
-from agents.core.settings import to_dict
 from agents.core.step_rules import Posterior
-from agents.generative_models.drawings import DrawingSettings
-from agents.generative_models.generator import (
-    GeneratorConfig,
-    ImageGenerator,
-    load_generator,
-    save_generator,
-)
+from agents.generative_models.generator import load_generator
 from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import Monitor
 from agents.generative_models.rewards import REWARDS
 from experiments.finetune_generator import PRESETS, default_gold, main, new_config, parser
 from experiments.generators import finetuning, steering
 from experiments.generators.finetuning import FineTuningSession, split_held_out
-from experiments.generators.pretraining import vocabulary_of
-
-DRAWINGS = DrawingSettings(size=16, kinds=("single",), pictures=8)
+from tests.experiments.generator_base import write_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A generator of random weights, its last layer included, and what its prompts are."""
-    folder = tmp_path_factory.mktemp("base")
-    config = GeneratorConfig(
-        size=16, width=16, depth=1, heads=2, text_features=16, text_blocks=1, levels=1
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        generator = ImageGenerator(config, vocabulary_of(DRAWINGS))
-        for parameter in generator.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_generator(folder, generator)
-    (folder / "config.json").write_text(json.dumps({"drawings": to_dict(DRAWINGS)}))
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def words(base, run, *more):
