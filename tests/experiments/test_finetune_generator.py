@@ -1,7 +1,9 @@
 """experiments.finetune_generator from base to report, its resume, steering, and the mistakes that it names."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,6 +263,15 @@ def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path, capsys, more, m
     assert said.count("\n") == 1
     assert match in said
     assert not run.exists()
+
+
+def test_the_docs_draw_images_of_a_run(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words(base, tmp_path / "RUN", "--steps", 1)) == 0
+    page = (Path(__file__).resolve().parents[2] / "docs" / "pipelines.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.S) if '"RUN")' in c]
+    exec(code, {})
+    assert (tmp_path / "images.png").stat().st_size > 200
 
 
 def test_prompts_come_from_files(base, tmp_path, capsys):
