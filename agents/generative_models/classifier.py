@@ -87,6 +87,7 @@ def numbers(scene: Scene) -> list[int]:
     return list(counts.values())
 
 
+@torch.enable_grad()  # rewards are asked where gradients are off
 def train_counter(
     drawings: DrawingSettings, *, steps: int, batch_size: int, seed: int, folder: Path | None = None
 ) -> ThingCounter:

@@ -176,16 +176,15 @@ class ImageGenerator(TextToImage):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Return the condition of prompts, [B, L, F]; a prompt that occurs more than once is encoded once.
 
-        It depends on the text encoder's parameters alone: keep it while these are fixed.
+        It depends on the text encoder's parameters alone: keep it while these are fixed. Not even its last bits depend
+        on the prompts beside it, which are others after a run was resumed.
 
         Raises:
             UserError: a word is unknown, or a prompt is too long.
         """
-        place = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        condition = self.text(self.vocabulary.tokens(list(place)).to(self.device))
-        if len(place) == len(prompts):
-            return condition
-        return condition[torch.tensor([place[prompt] for prompt in prompts], device=self.device)]
+        tokens = self.vocabulary.tokens(list(dict.fromkeys(prompts))).to(self.device)
+        each = dict(zip(dict.fromkeys(prompts), map(self.text, tokens.split(1)), strict=True))
+        return torch.cat([each[prompt] for prompt in prompts])
 
     def unconditional(self, batch: int) -> Tensor:
         """Return the condition that stands for no prompt, [B, L, F]: that of the empty one."""
