@@ -491,7 +491,7 @@ def test_prompts_are_encoded_once_and_guidance_is_one_pass(monkeypatch):
 
 
 def test_windows_move_and_are_where_the_noise_is():
-    config = settings("mix-grpo", denoising_steps=6, window=2, window_every=3)
+    config = settings("mix-grpo", denoising_steps=6, window=2, window_every=3).on_path(is_flow=True)
     draws = torch.Generator()
     starts = [chains.window_start(config, iteration, draws) for iteration in range(16)]
     assert starts == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0, 0, 1]

@@ -128,9 +128,10 @@ def test_repeated_prompts_are_encoded_once():
     sizes = []
     generator.text.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
     condition = generator.encode(["a red circle", "", "a red circle"])
-    assert sizes == [2]
+    assert sizes == [1, 1]
     assert torch.equal(condition[0], condition[2])
-    torch.testing.assert_close(condition[1:2], generator.unconditional(1))
+    # To the last bit: whoever goes on with a run encodes them beside others.
+    assert torch.equal(condition[1:2], generator.unconditional(1))
 
 
 def test_decoding_inverts_encoding_and_has_a_gradient():
