@@ -99,6 +99,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_steps": 10,
         **ON_CPUS,
         "average_decay": 0.998,
+        "noisy_steps": 200,
+        "noisy_share": 0.2,
     },
     # Seconds, to see that everything works.
     "debug": {
