@@ -26,30 +26,6 @@ VALUE_FEATURES = 64
 """Of the time embedding of a value."""
 
 
-def as_values(values: Any, count: int, name: str) -> Tensor:
-    """Return what a reward has returned as float32 [count].
-
-    Args:
-        values: a tensor, an array, or a list of numbers.
-        count: images that it has seen.
-        name: the reward's.
-
-    Raises:
-        UserError: it is something else, or not one number for each image.
-    """
-    try:
-        found = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        found = None
-    if found is None or found.is_complex() or found.shape != (count,):
-        what = f"a {type(values).__name__}" if values is not None else "nothing"
-        shape = "" if found is None else f" of shape {tuple(found.shape)}"
-        raise UserError(
-            f"reward '{name}' returned {what}{shape} for {count} images; return one number for each, ({count},)"
-        )
-    return found.float()
-
-
 def checked_reward(reward: RewardFunction, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return rewards float32 [B] on the images' device.
 
@@ -57,13 +33,37 @@ def checked_reward(reward: RewardFunction, images: Tensor, prompts: Sequence[str
         UserError: the reward's shape is not [B], or a number of it is not finite; the text names the prompt.
     """
     name = getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
-    values = as_values(reward(images, prompts), len(prompts), name).to(images.device)
-    if not (finite := torch.isfinite(values)).all():
+    return checked_values(reward(images, prompts), prompts, name).to(images.device)
+
+
+def checked_values(values: Any, prompts: Sequence[str], name: str) -> Tensor:
+    """Return what a reward has returned as finite float32 [B].
+
+    Args:
+        values: a tensor, an array, or a list of numbers.
+        prompts: B of them.
+        name: the reward's.
+
+    Raises:
+        UserError: it is something else, not one number for each image, or a number is not finite; the text says which.
+    """
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = None
+    if found is None or found.is_complex() or found.shape != (len(prompts),):
+        what = f"a {type(values).__name__}" if values is not None else "nothing"
+        shape = "" if found is None else f" of shape {tuple(found.shape)}"
+        raise UserError(
+            f"reward '{name}' returned {what}{shape} for {len(prompts)} images; return one number for each, "
+            f"({len(prompts)},)"
+        )
+    if not (finite := torch.isfinite(found)).all():
         place = int((~finite).nonzero()[0])
         raise UserError(
-            f"reward '{name}' is {float(values[place].detach())} for the prompt '{prompts[place]}'; mend the reward"
+            f"reward '{name}' is {float(found[place].detach())} for the prompt '{prompts[place]}'; mend the reward"
         )
-    return values
+    return found.float()
 
 
 def rewards_in_batches(

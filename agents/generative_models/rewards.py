@@ -37,7 +37,7 @@ from torch import Tensor
 
 from agents.core.errors import UserError
 from agents.generative_models.classifier import classifier_reward
-from agents.generative_models.credit import as_values
+from agents.generative_models.credit import checked_values
 from agents.generative_models.drawing_eval import evaluate_drawings
 from agents.generative_models.scenes import COLORS, parse_prompt
 from agents.generative_models.transformers_rewards import (
@@ -81,15 +81,7 @@ class NamedReward:
         """
         if len(images) != len(prompts):
             raise UserError(f"{len(images)} images and {len(prompts)} prompts; give one each")
-        values = as_values(self.function(images, prompts), len(images), self.name).to(images.device)
-        finite = torch.isfinite(values)
-        if not finite.all():
-            first = int((~finite).nonzero()[0, 0])
-            raise UserError(
-                f"reward '{self.name}' is {float(values[first])} for image {first} ('{prompts[first]}'); rewards must "
-                "be finite"
-            )
-        return values
+        return checked_values(self.function(images, prompts), prompts, self.name).to(images.device)
 
 
 @dataclass(frozen=True)

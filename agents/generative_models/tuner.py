@@ -187,9 +187,8 @@ class GeneratorTuner(Learner):
 
     def score_batches(self, batches: Sequence[ChainBatch]) -> Tensor:
         """Return the rewards of this process's images, [B] over all batches, without gradient."""
-        with (
-            torch.no_grad()
-        ):  # pass by pass: what the network has memory for, the reward's may have, too
+        # Pass by pass: what the network has memory for, the reward's may have, too.
+        with torch.no_grad():
             return torch.cat([self.score(batch.images, batch.prompts) for batch in batches])
 
     def descend(self, backward: Callable[[], Metrics]) -> Metrics:

@@ -250,8 +250,11 @@ def test_own_functions(own):
         (lambda images, prompts: [1.0], r"returned a list of shape \(1,\)"),
         (lambda images, prompts: torch.ones(5) * 1j, "one number for each"),
         (lambda images, prompts: None, "returned nothing"),
-        (lambda images, prompts: 0 / images[:, 0, 0, 0] / 0, "is nan for image 0 .*must be finite"),
-        (lambda images, prompts: torch.tensor([0, 0, math.inf, 0, 0]), "is inf for image 2 "),
+        (
+            lambda images, prompts: 0 / images[:, 0, 0, 0] / 0,
+            "is nan for the prompt .*; mend the reward",
+        ),
+        (lambda images, prompts: torch.tensor([0, 0, math.inf, 0, 0]), "is inf for the prompt "),
     ],
 )
 def test_bad_own_functions_are_named(own, function, message):

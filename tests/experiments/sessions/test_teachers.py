@@ -14,7 +14,7 @@ import stable_baselines3
 import torch
 
 from agents import Policy
-from agents.core.rollout import TEACHER_ACTION
+from agents.core.rollout import TEACHER_ACTION, Experience
 from agents.policy import read_config
 from experiments.compare import final_state
 from experiments.running.runs import begin_run, make_run_dir
@@ -34,6 +34,17 @@ from tests.experiments.helpers import (
 STATE = {"observation": "state", "episode_length": 9}
 
 
+def rollout_of(agent: str, run: Path, *, steps: int, **flags: Any) -> Experience:
+    """Train on toy/reach, and return what the last rollout, still unused, remembers."""
+    words = arguments(agent, "toy/reach", run, steps=steps, **flags)
+    config = new_config(vars(parser(agent).parse_args(words)))
+    make_run_dir(run)
+    begin_run(run, config)
+    with Session(run, config, resume=False) as session:
+        session.train()
+        return session.replay.experience()  # type: ignore[attr-defined, no-any-return]
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An agent with a memory on toy/reach."""
@@ -46,14 +57,7 @@ def test_its_actions_in_what_the_student_sees_are_stored_and_learned_from(
 ) -> None:
     run = tmp_path / "run"
     flags = STATE | {"teacher": teacher, "num_envs": 2, "rollout_length": 25}
-    config = new_config(
-        vars(parser("ppo").parse_args(arguments("ppo", "toy/reach", run, steps=40, **flags)))
-    )
-    make_run_dir(run)
-    begin_run(run, config)
-    with Session(run, config, resume=False) as session:
-        session.train()
-        experience = session.replay.experience()  # type: ignore[attr-defined]
+    experience = rollout_of("ppo", run, steps=40, **flags)
     policy = Policy.load(teacher)
     for env in range(2):
         policy.begin()
@@ -108,14 +112,9 @@ def test_a_tasks_own_script_teaches_from_the_simulators_state_and_the_run_resume
     told = {tag: value for _, tag, value in metrics(whole)}
     assert 0 < told["policy/guided"] < 1
     assert "loss/teacher" in told
-    run = tmp_path / "looked-at"
-    words = arguments("fpo", "toy/reach", run, steps=8, **flags | {"rollout_length": 25})
-    config = new_config(vars(parser("fpo").parse_args(words)))
-    make_run_dir(run)
-    begin_run(run, config)
-    with Session(run, config, resume=False) as session:
-        session.train()
-        experience = session.replay.experience()  # type: ignore[attr-defined]
+    experience = rollout_of(
+        "fpo", tmp_path / "looked-at", steps=8, **flags | {"rollout_length": 25}
+    )
     for step in range(4):
         for env in range(2):
             seen = experience.observation(torch.tensor([2 * step + env]))["state"]
@@ -155,14 +154,7 @@ def test_a_teacher_begins_episodes_of_a_policy_that_denoises_and_the_run_resumes
     told = {tag: value for _, tag, value in metrics(whole)}
     assert 0 < told["policy/guided"] < 0.7
     assert "loss/teacher" in told
-    run = tmp_path / "looked-at"
-    words = arguments("fpo", "toy/reach", run, steps=40, **flags)
-    config = new_config(vars(parser("fpo").parse_args(words)))
-    make_run_dir(run)
-    begin_run(run, config)
-    with Session(run, config, resume=False) as session:
-        session.train()
-        experience = session.replay.experience()  # type: ignore[attr-defined]
+    experience = rollout_of("fpo", tmp_path / "looked-at", steps=40, **flags)
     guided, advice = experience.extras["guided"], experience.extras[TEACHER_ACTION].clamp(-1, 1)
     assert 0 < guided.float().mean() < 1
     assert torch.equal(experience.action.clamp(-1, 1)[guided], advice[guided])
