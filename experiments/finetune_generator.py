@@ -225,11 +225,7 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
     if preset not in PRESETS:
         raise UserError.unknown("preset", preset, ["auto", *PRESETS])
     seed, seeds = spawn_seeds(given["seed"])
-    # `prompts` is the number of an iteration; a method that compares nothing keeps its single images.
-    values = dict(PRESETS[preset])
-    own = METHODS[method].settings if method in METHODS else {}
-    if own.get("group") == 1:
-        values.pop("group", None)
+    values = preset_values(preset, method)
     pipeline = pipeline_settings(given, device)
     if pipeline is not None and preset != "debug":
         values |= OF_LORA
@@ -286,6 +282,17 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
         own = {name: value for name, value in values.items() if name not in names(TuningConfig)}
         config["steering"] = to_dict(fill(STEERING[method][1], own, given))
     return config
+
+
+def preset_values(preset: str, method: str) -> dict[str, Any]:
+    """Return the values of a preset that a method takes.
+
+    A preset fits a machine and leaves what makes the method itself (`METHODS`), such as MixGRPO's moving window; only
+    debug replaces that, too, but for a group of one image, which compares nothing.
+    """
+    own = METHODS[method].settings if method in METHODS else {}
+    kept = own if preset != "debug" else {n: v for n, v in own.items() if (n, v) == ("group", 1)}
+    return {name: value for name, value in PRESETS[preset].items() if name not in kept}
 
 
 def refuse_unread(method: str, tuning: TuningConfig, given: Mapping[str, Any]) -> None:

@@ -160,6 +160,19 @@ def test_presets_are_taken(base, tmp_path, preset):
     assert known == {name: PRESETS[preset][name] for name in known}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_presets_leave_what_makes_a_method_itself_and_debug_takes_all_but_single_images(
+    base, tmp_path, method
+):
+    own = METHODS[method].settings
+    for preset in PRESETS:
+        tuning = config_of(base, tmp_path, "--preset", preset, method=method)["tuning"]
+        if preset != "debug":
+            assert {name: tuning[name] for name in own} == own
+        assert tuning["group"] == own.get("group", tuning["group"])
+    assert tuning["prompts"] == PRESETS["debug"]["prompts"]
+
+
 def test_a_run_goes_on_without_its_base(base, tmp_path):
     run, moved = tmp_path / "run", tmp_path / "base"
     shutil.copytree(base, moved)
