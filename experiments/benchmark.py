@@ -19,10 +19,8 @@ import argparse
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -49,11 +47,9 @@ from experiments.evaluate import DISTRACTIONS
 from experiments.running.arguments import Parser, make_folder, run_command, terminate_as_interrupt
 from experiments.running.configs import with_new_fields
 from experiments.running.imports import add_import_flag
+from experiments.running.jobs import STOPPED, run_jobs, run_logged
 from experiments.running.runs import check_label
 from wrappers.distraction.presets import make_distraction
-
-STOPPED = 130
-"""Exit code of a run that was stopped: it has saved, and the same command goes on."""
 
 DEFAULT_ENV = "dmc/cartpole-swingup"
 
@@ -209,15 +205,8 @@ def run_grid(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[Path]:
     for job in jobs:
         check_same(job, flags, arguments.episodes, arguments.distractions)
     asked = arguments.episodes, arguments.distractions
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        codes = pool.map(lambda job: run_job(job, flags, threads, *asked), jobs)
-        try:
-            return [job.folder for job, code in zip(jobs, codes, strict=True) if code]
-        except KeyboardInterrupt:
-            for process in list(_running):
-                process.terminate()  # it saves and leaves
-            pool.shutdown(cancel_futures=True)
-            raise
+    failed = run_jobs(jobs, lambda job: run_job(job, flags, threads, *asked), arguments.jobs)
+    return [job.folder for job in failed]
 
 
 def check_same(job: Job, flags: Sequence[str], episodes: int, distractions: Sequence[str]) -> None:
@@ -263,10 +252,6 @@ def _check_training(job: Job, flags: Sequence[str]) -> None:
             )
 
 
-_running: dict[subprocess.Popen[bytes], None] = {}
-"""Processes of the runs under way."""
-
-
 def run_job(
     job: Job,
     flags: Sequence[str],
@@ -295,7 +280,7 @@ def run_job(
         return 0
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     command = _training(job, flags, threads)
-    if command and (code := _logged(command, log)):
+    if command and (code := run_logged(command, log)):
         return code
     if steps_left(job.folder):
         return STOPPED
@@ -319,7 +304,7 @@ def _evaluated(job: Job, name: str, flags: Sequence[str], log: Path) -> int:
         sys.executable, "-m", "experiments.evaluate", str(job.folder), "--name", name, "--overwrite",
         *flags, *acting,
     ]  # fmt: skip
-    return _logged(command, log)
+    return run_logged(command, log)
 
 
 def _training(job: Job, flags: Sequence[str], threads: Sequence[str]) -> list[str]:
@@ -340,16 +325,6 @@ def _method(job: Job) -> list[str]:
     """Return the flags that say what is trained."""
     label = ["--label", job.label] if job.label != job.agent else []
     return ["--agent", job.agent, *label, "--env", job.env, "--seed", str(job.seed)]
-
-
-def _logged(command: Sequence[str], log: Path) -> int:
-    with log.open("a") as handle:
-        process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT)
-    _running[process] = None
-    try:
-        return process.wait()
-    finally:
-        del _running[process]
 
 
 if __name__ == "__main__":

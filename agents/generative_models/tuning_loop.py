@@ -45,10 +45,10 @@ class TuningSettings(LoopSettings):
     checkpoint_every: int = 10
     """Iterations between checkpoints (one is always saved at the end)."""
     max_evaluations: int = 0
-    """Samples through a denoiser in training after which the run ends, with the iteration that reaches them; 0 for no
-    end. Methods compare at equal ones."""
+    """Samples through a denoiser that training may spend: the run ends before an iteration that would go over them, but
+    not before its first; 0 for no end. Methods compare at equal ones."""
     max_rewards: int = 0
-    """Images that training's reward has seen after which it ends, in the same way."""
+    """Images that training's reward may see; the run ends in the same way."""
 
     def __post_init__(self) -> None:
         """Reject values that no run can have; a run without its monitor among them."""
@@ -148,11 +148,13 @@ class TuningLoop(RunLoop):
         return self.stopped or self._why_spent()
 
     def _why_spent(self) -> str | None:
+        """Return which budget has no room for another iteration, which costs what the others did on average."""
+        done = self.state.progress.agent_steps
         for flag, spent, most in (
             ("--max-evaluations", self.agent.evaluations, self.settings.max_evaluations),
             ("--max-rewards", self.agent.scored, self.settings.max_rewards),
         ):
-            if most and spent >= most:
+            if most and spent * (done + 1) > most * done:
                 return f"{spent:,} are spent of {flag} {most}"
         return None
 

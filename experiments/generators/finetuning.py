@@ -43,6 +43,7 @@ from agents.generative_models.tuning_loop import (
 from experiments.generators.plots import monitor_plot
 from experiments.generators.report import FOLDER, is_current, write_report
 from experiments.generators.runs import GeneratorSession
+from experiments.sessions.teachers import networks_digest
 
 MOST_EXCESS = 1.5
 """Noise of a training step over what the network expects, above which a run warns."""
@@ -162,7 +163,12 @@ class FineTuningSession(GeneratorSession):
             return self._report(made_of)
 
     def _report(self, made_of: Mapping[str, Any]) -> Path:
-        spent, over = self.tuner.evaluations, self.loop.why_over()
+        spent = {
+            "evaluations": self.tuner.evaluations,
+            "rewards": self.tuner.scored,
+            "wall_seconds": self.loop.state.progress.wall_seconds,
+        }
+        over, done = self.loop.why_over(), self.loop.state.progress.agent_steps
         count = self.monitor.settings.eval_images
         prompts, reference = self.config["held_out"], self.tuner.reference
         before = draw(reference, prompts, count, self.config)
@@ -174,6 +180,10 @@ class FineTuningSession(GeneratorSession):
                 kept.append(
                     f"Its LoRA: `pipe.load_lora_weights('{self.run / LORA}')` in diffusers."
                 )
+        last = None
+        if best_step != done:
+            with self.tuner.averaged() as model:
+                last = done, draw(model, prompts, count, self.config)
         return write_report(
             self.run,
             title=f"{self.config['method']} on {self.config['reward']}",
@@ -183,14 +193,17 @@ class FineTuningSession(GeneratorSession):
             prompts=prompts,
             images=count,
             rewards=named_rewards(self.config, self.rewards),
+            spent=spent,
+            step=best_step,
+            last=last,
+            base=base_digest(reference),
             history=self.monitor.history,
             tolerance=self.monitor.settings.tolerance,
             names=(self.config["reward"], self.config["gold"]),
             notes=[
-                f"After is the checkpoint of the most gold, iteration {best_step} of "
-                f"{self.loop.state.progress.agent_steps}.",
-                f"Budget: {spent:,} denoiser evaluations, {self.tuner.scored:,} rewards, "
-                f"{self.loop.state.progress.wall_seconds / 60:.1f} min.",
+                f"After is the checkpoint of the most gold, iteration {best_step} of {done}.",
+                f"Budget: {spent['evaluations']:,} denoiser evaluations, {spent['rewards']:,} rewards, "
+                f"{spent['wall_seconds'] / 60:.1f} min.",
                 *([f"What ended the run: {over}."] if over else []),
                 *kept,
             ],
@@ -254,6 +267,11 @@ def load_base(config: Mapping[str, Any]) -> TextToImage:
         return load_generator(config["base"])
     settings = from_dict(PipelineSettings, config["pipeline"])
     return load_pipeline(config["base"], settings, seed=config["seeds"]["agent"])
+
+
+def base_digest(base: TextToImage) -> str | None:
+    """Return SHA-256 over a base's weights; None for a pipeline's, which are gigabytes."""
+    return None if isinstance(base, PipelineGenerator) else networks_digest({"base": base})
 
 
 def draw(

@@ -1,9 +1,9 @@
-"""One plot of everything that the monitor of a generator's fine-tuning measured."""
+"""Plots of generators' fine-tuning: everything that a monitor measured, and the gains of a grid's methods."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,9 +11,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from agents.core.errors import full_disk_named
 from agents.generative_models.monitor import Measurement, on_frontier
+from experiments.reporting.statistics import Interval
 
 
 def monitor_plot(
@@ -87,6 +89,35 @@ def monitor_plot(
     frontier.set(title="Frontier", xlabel="square root of the KL (nats)", ylabel=f"gold: {gold}")
     for axis in (diversity, frontier):
         axis.legend(fontsize=8)
+    _save(figure, file)
+
+
+def gains_plot(file: Path, gains: Mapping[str, Interval], *, of_what: str) -> None:
+    """Draw each method's gain over the base with its interval, one below the other.
+
+    Args:
+        file: PNG.
+        gains: by method, in order from above.
+        of_what: the reward.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 1 + 0.28 * len(gains)), layout="constrained")
+    for place, value in enumerate(gains.values()):
+        clears = value.low > 0
+        point = float(value.point)
+        reach = [[point - float(value.low)], [float(value.high) - point]]
+        axis.errorbar(
+            point, place, xerr=reach, fmt="o" if clears else "x", capsize=3,
+            color="black" if clears else "tab:red",
+        )  # fmt: skip
+    axis.axvline(0, color="gray", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(gains)), list(gains))
+    axis.invert_yaxis()
+    axis.set_xlabel(f"gain of {of_what} over the base (95 % interval; x: does not clear it)")
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    """Write a figure that appears whole or not at all."""
     with full_disk_named(file.parent):
         temporary = file.with_suffix(".tmp")
         figure.savefig(temporary, format="png", dpi=110)

@@ -22,11 +22,14 @@ from agents.generative_models.monitor import (
     group_distance,
 )
 from experiments.generators.plots import monitor_plot
+from experiments.reporting.fine_tuning import UNCLEAR
 from experiments.reporting.statistics import stratified_bootstrap
 from experiments.running.runs import write_json
 
 FOLDER = "report"
 """Of a run, for its report."""
+LAYOUT = 2
+"""Version of report.json."""
 SHOWN = 8
 """Prompts in a grid."""
 
@@ -41,6 +44,8 @@ class Row:
     after: tuple[float, float, float]
     gain: tuple[float, float, float]
     """Of the difference, prompt by prompt."""
+    by_prompt: dict[str, list[float]]
+    """Means of each prompt's images, `before` and `after`: what grids draw anew."""
 
     @property
     def clears(self) -> bool:
@@ -48,21 +53,60 @@ class Row:
         return self.gain[1] > 0
 
 
-def compare(
-    before: Tensor,
-    after: Tensor,
+@dataclass(frozen=True)
+class Images:
+    """Images of the report's prompts, with what rewards said of them.
+
+    Attributes:
+        pixels: [P * images, 3, H, W], prompt by prompt.
+        vectors: their features, [P * images, D].
+        scores: means of each prompt's images, float64 [P], by reward.
+    """
+
+    pixels: Tensor
+    vectors: Tensor
+    scores: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Images of a generator against the base's.
+
+    Attributes:
+        rows: one for each reward.
+        diversity: before and after, by name; None where there are too few images.
+        step: iteration of the generator; None where nothing was trained.
+        kl: nats of its chains to the base's, where a monitor has measured it.
+    """
+
+    rows: list[Row]
+    diversity: dict[str, list[float | None]]
+    step: int | None = None
+    kl: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as report.json has it."""
+        return {
+            "rewards": [asdict(row) | {"clears": row.clears} for row in self.rows],
+            "diversity": self.diversity,
+            "step": self.step,
+            "kl": self.kl,
+        }
+
+
+def score(
+    pixels: Tensor,
     prompts: Sequence[str],
     rewards: Mapping[str, RewardFunction],
     images: int,
     *,
     batch: int = 64,
     device: torch.device | str = "cpu",
-) -> list[Row]:
-    """Return a row for every reward.
+) -> Images:
+    """Return images with what rewards say of them.
 
     Args:
-        before: the base's images, [P * images, 3, H, W], prompt by prompt.
-        after: the same prompts, from the same noise or not.
+        pixels: [P * images, 3, H, W], prompt by prompt.
         prompts: P of them.
         rewards: by name.
         images: of each prompt.
@@ -70,18 +114,52 @@ def compare(
         device: where it sees them.
     """
     asked = [prompt for prompt in prompts for _ in range(images)]
+    scores = {
+        name: rewards_in_batches(reward, pixels, asked, batch=batch, device=device)
+        .view(-1, images)
+        .mean(1)
+        .double()
+        .numpy()
+        for name, reward in rewards.items()
+    }
+    return Images(pixels, features(pixels), scores)
+
+
+def compare(
+    before: Images,
+    after: Images,
+    images: int,
+    again: Tensor | None = None,
+    *,
+    step: int | None = None,
+    history: Sequence[Measurement] = (),
+) -> Comparison:
+    """Return what became of the base's images.
+
+    Args:
+        before: the base's.
+        after: of the same prompts, from the same noise or not.
+        images: of each prompt.
+        again: features of the base's images from other noise, which recall and precision are against.
+        step: iteration of the generator that drew `after`.
+        history: of the monitor, which has its KL.
+    """
     rows = []
-    for name, reward in rewards.items():
-        values = [
-            rewards_in_batches(reward, some, asked, batch=batch, device=device)
-            .view(-1, images)
-            .mean(1)
-            .double()
-            .numpy()
-            for some in (before, after)
-        ]
-        rows.append(Row(name, *(_interval(v) for v in (*values, values[1] - values[0]))))
-    return rows
+    for name, old in before.scores.items():
+        new = after.scores[name]
+        intervals = [_interval(values) for values in (old, new, new - old)]
+        rows.append(Row(name, *intervals, {"before": old.tolist(), "after": new.tolist()}))
+    vectors = before.vectors, after.vectors
+    diversity: dict[str, list[float | None]] = {
+        "distance": [float(group_distance(v, images)) if images > 1 else None for v in vectors],
+        "recall": [None, None],
+        "precision": [None, None],
+    }
+    if again is not None and len(again) > NEIGHBORS:  # of a few images nobody has a third neighbor
+        diversity["recall"] = [float(coverage(again, v)) for v in vectors]
+        diversity["precision"] = [float(coverage(v, again)) for v in vectors]
+    kl = next((each.values["kl"] for each in history if each.step == step), None)
+    return Comparison(rows, diversity, step, kl)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -99,7 +177,11 @@ def write_report(
     prompts: Sequence[str],
     images: int,
     rewards: Mapping[str, RewardFunction],
+    spent: Mapping[str, float],
     again: Tensor | None = None,
+    step: int | None = None,
+    last: tuple[int, Tensor] | None = None,
+    base: str | None = None,
     history: Sequence[Measurement] = (),
     tolerance: float = 2.0,
     names: tuple[str, str] = ("", ""),
@@ -119,8 +201,12 @@ def write_report(
         prompts: P of them.
         images: of each.
         rewards: by name.
+        spent: evaluations, rewards and wall_seconds, of training or of steered images.
         again: the base's images from other noise, which recall and precision are against; without them there are none
             (see `monitor`).
+        step: iteration of `after`; None where nothing was trained.
+        last: the last iteration with its images, where `after` is an earlier one's.
+        base: digest of the base's weights.
         history: the monitor's, if there was one.
         tolerance: the monitor's.
         names: of proxy and gold.
@@ -131,17 +217,15 @@ def write_report(
         device: where it sees them.
     """
     folder = run / FOLDER
-    rows = compare(before, after, prompts, rewards, images, batch=batch, device=device)
-    vectors = [features(some) for some in (before, after)]
-    diversity: dict[str, list[float | None]] = {
-        "distance": [float(group_distance(v, images)) if images > 1 else None for v in vectors],
-        "recall": [None, None],
-        "precision": [None, None],
-    }
-    if again is not None and len(again) > NEIGHBORS:  # of a few images nobody has a third neighbor
-        base = features(again)
-        diversity["recall"] = [float(coverage(base, v)) for v in vectors]
-        diversity["precision"] = [float(coverage(v, base)) for v in vectors]
+
+    def scored(pixels: Tensor) -> Images:
+        return score(pixels, prompts, rewards, images, batch=batch, device=device)
+
+    first, noise = scored(before), None if again is None else features(again)
+    best = compare(first, scored(after), images, noise, step=step, history=history)
+    end = None
+    if last is not None:
+        end = compare(first, scored(last[1]), images, noise, step=last[0], history=history)
     folder.mkdir(parents=True, exist_ok=True)
     asked = [prompt for prompt in prompts[:SHOWN] for _ in range(images)]
     for name, some in (("before", before), ("after", after)):
@@ -150,11 +234,14 @@ def write_report(
     if history:
         monitor_plot(folder / "monitor.png", history, tolerance, proxy=names[0], gold=names[1])
     content: dict[str, Any] = {
+        "layout": LAYOUT,
         "title": title,
         "prompts": len(prompts),
         "images_per_prompt": images,
-        "rewards": [asdict(row) | {"clears": row.clears} for row in rows],
-        "diversity": diversity,
+        **best.to_json(),
+        "last": None if end is None else end.to_json(),
+        "spent": dict(spent),
+        "base": base,
         "history": [vars(each) for each in history],
         "notes": list(notes),
         "made_of": dict(made_of or {}),
@@ -163,27 +250,33 @@ def write_report(
     page = folder / "report.md"
     of_what = f"{len(prompts)} held-out prompts, {images} images of each"
     of_what += ", the same noise before and after" if same_noise else ""
-    page.write_text(_page(title, of_what, rows, diversity, bool(history), notes))
+    page.write_text(_page(title, of_what, best, end, bool(history), notes))
     return page
 
 
 def is_current(page: Path, made_of: Mapping[str, Any]) -> bool:
     """Whether a report is there, whole, and of what it would be made of now."""
-    folder = page.parent
-    if not all((folder / name).is_file() for name in (page.name, "before.png", "after.png")):
-        return False
+    said = read_report(page.parent.parent)
+    return said is not None and said["made_of"] == made_of
+
+
+def read_report(run: Path) -> dict[str, Any] | None:
+    """Return the report.json of a run; None where the report is not there, not whole, or of an older version."""
+    folder = run / FOLDER
+    if not all((folder / name).is_file() for name in ("report.md", "before.png", "after.png")):
+        return None
     try:
         said = json.loads((folder / "report.json").read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(said, dict) and said.get("made_of") == made_of
+        return None
+    return said if isinstance(said, dict) and said.get("layout") == LAYOUT else None
 
 
 def _page(
     title: str,
     of_what: str,
-    rows: Sequence[Row],
-    diversity: Mapping[str, Sequence[float | None]],
+    best: Comparison,
+    end: Comparison | None,
     has_monitor: bool,
     notes: Sequence[str],
 ) -> str:
@@ -193,22 +286,29 @@ def _page(
         "",
         f"{of_what}. Intervals are 95 % percentile bootstrap intervals over prompts; the gain's is of the difference "
         "of each prompt.",
-        "",
-        "| reward | before | after | gain | |",
-        "| --- | --- | --- | --- | --- |",
+        *_tables(best),
     ]
-    for row in rows:
-        verdict = "better than the base" if row.clears else "does not clear the base"
-        cells = [_shown(values) for values in (row.before, row.after, row.gain)]
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {verdict} |")
-    lines += ["", "| diversity | before | after |", "| --- | --- | --- |"]
-    for name, (base, now) in diversity.items():
-        cells = ["-" if value is None else f"{value:.3f}" for value in (base, now)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if end is not None:
+        lines += ["", f"## The last checkpoint, iteration {end.step}", *_tables(end)]
     lines += ["", *notes, ""]
     lines += ["| before | after |", "| --- | --- |", "| ![](before.png) | ![](after.png) |", ""]
     lines += ["", "![](monitor.png)", ""] if has_monitor else [""]
     return "\n".join(lines)
+
+
+def _tables(found: Comparison) -> list[str]:
+    lines = ["", "| reward | before | after | gain | |", "| --- | --- | --- | --- | --- |"]
+    for row in found.rows:
+        verdict = "better than the base" if row.clears else UNCLEAR
+        cells = [_shown(values) for values in (row.before, row.after, row.gain)]
+        lines.append(f"| {row.name} | {' | '.join(cells)} | {verdict} |")
+    lines += ["", "| diversity | before | after |", "| --- | --- | --- |"]
+    for name, (base, now) in found.diversity.items():
+        cells = ["-" if value is None else f"{value:.3f}" for value in (base, now)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if found.kl is not None:
+        lines += ["", f"KL to the base: {found.kl:.3g} nats of a chain."]
+    return lines
 
 
 def _shown(values: tuple[float, float, float]) -> str:

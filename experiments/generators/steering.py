@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,13 @@ from agents.generative_models.steering import (
     optimize_noise,
 )
 from agents.generative_models.text_to_image import TextToImage
-from experiments.generators.finetuning import draw, load_base, named_rewards, rewards_of
+from experiments.generators.finetuning import (
+    base_digest,
+    draw,
+    load_base,
+    named_rewards,
+    rewards_of,
+)
 from experiments.generators.report import write_report
 from experiments.running.runs import abandon_run, begin_run, lock_run, make_run_dir
 
@@ -108,8 +115,10 @@ def _write(
     plain, spent = Spent(), Spent()
     with _counted(base, plain):
         before = draw(base, prompts, count, config, rule=rule)
+    begun = time.perf_counter()
     with _counted(base, spent):
         after = steered_images(base, rewards["proxy"], config, spent)
+    seconds = time.perf_counter() - begun
     return write_report(
         run,
         title=f"{config['method']} on {config['reward']}, nothing trained",
@@ -119,6 +128,8 @@ def _write(
         prompts=prompts,
         images=count,
         rewards=named_rewards(config, rewards),
+        spent=vars(spent) | {"wall_seconds": seconds},
+        base=base_digest(base),
         same_noise=False,
         notes=[
             f"Budget: {spent.evaluations:,} denoiser evaluations and {spent.rewards:,} rewards for {len(after):,} "

@@ -317,8 +317,10 @@ def test_the_budget_is_training_s_alone_and_the_same_after_a_resume(tmp_path):
 PER_ITERATION = 6 * (3 + 2 * 2)
 
 
-@pytest.mark.parametrize("budget", [(2 * PER_ITERATION + 1, 0), (0, 13)])
-def test_a_budget_ends_the_run_with_a_whole_iteration_and_more_goes_on(tmp_path, budget):
+@pytest.mark.parametrize(
+    "budget", [(3 * PER_ITERATION, 0), (4 * PER_ITERATION - 1, 0), (0, 18), (0, 23)]
+)
+def test_a_budget_ends_the_run_before_it_is_overspent_and_more_goes_on(tmp_path, budget):
     loop, lines = loop_of(tmp_path / "one", steps=9, budget=budget)
     loop.run()
     loop.logger.close()

@@ -13,13 +13,13 @@ from experiments.generators.pretraining import vocabulary_of
 DRAWINGS = DrawingSettings(size=16, kinds=("single",), pictures=8)
 
 
-def write_base(folder: Path) -> Path:
+def write_base(folder: Path, seed: int = 0) -> Path:
     """Write a tiny generator, its last layer random too, and what its prompts are; return its folder."""
     config = GeneratorConfig(
         size=16, width=16, depth=1, heads=2, text_features=16, text_blocks=1, levels=1
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         generator = ImageGenerator(config, vocabulary_of(DRAWINGS))
         for parameter in generator.parameters():
             torch.nn.init.normal_(parameter, std=0.1)

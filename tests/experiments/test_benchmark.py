@@ -170,7 +170,7 @@ def test_a_run_that_was_stopped_is_not_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(benchmark, "_logged", lambda command, log: asked.append(command[2]) or 0)
+    monkeypatch.setattr(benchmark, "run_logged", lambda command, log: asked.append(command[2]) or 0)
     monkeypatch.setattr(benchmark, "steps_left", lambda run: 5)
     job = benchmark.Job("drq", "drq", "toy/reach", 1, tmp_path / "run")
     assert benchmark.run_job(job, [], [], 1, ["clean"]) == benchmark.STOPPED
@@ -187,7 +187,7 @@ def test_an_evaluation_that_is_there_is_kept_until_another_one_is_asked_for(
         asked.append(command[2])
         return evaluate_main(command[3:])
 
-    monkeypatch.setattr(benchmark, "_logged", evaluate)
+    monkeypatch.setattr(benchmark, "run_logged", evaluate)
     job = benchmark.Job("drq", "drq", "toy/reach", 1, run, tmp_path / "kept" / "drq-seed1")
     job.archive.parent.mkdir()
     assert benchmark.run_job(job, [], [], 2, ["clean"]) == 0

@@ -283,7 +283,7 @@ def test_the_benchmark_hands_its_modules_on(
         seen.append(command)
         return 1
 
-    monkeypatch.setattr("experiments.benchmark._logged", stop)
+    monkeypatch.setattr("experiments.benchmark.run_logged", stop)
     words = ["--agents", "drq-averaged", "--envs", "example/follow", "--seeds", "1"]
     folders = ["--runs", str(tmp_path), "--out", str(tmp_path)]
     assert benchmark([*words, *folders, "--import", "third_party"]) == 2  # nothing was evaluated

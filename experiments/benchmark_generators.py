@@ -1,0 +1,427 @@
+"""Fine-tune an image generator by every method, with the same budget and over seeds, and collect what each gained.
+
+    python -m experiments.benchmark_generators --base RUN --preset demo --max-evaluations 200000 --max-rewards 20000
+    python -m experiments.benchmark_generators --base RUN --methods flow-grpo ddpo best-of-n --seeds 1 2 3 --jobs 2 \
+        --threads 1 --max-rewards 20000 -- --eval-every 20
+    python -m experiments.benchmark_generators --base RUN --methods flow-grpo --variant alignprop-classifier \
+        "alignprop --reward classifier --gold shapes"
+
+Every run is a process of experiments.finetune_generator; flags after `--` go to all of them, those of training not to
+fk-steering, reno and best-of-n, which train nothing. The same command started again goes on: finished runs are kept,
+interrupted ones resumed. All settings are checked before the first run starts. Prompts (trained on, monitored and
+reported) and the noise of evaluations are the same for all methods of a seed.
+
+`--out` gets results.csv (a line per run), results.md (a row per method: gains over the base with intervals, diversity,
+KL, and what each spent) and gains.png. `--archive DIR` keeps what these need of finished runs, without weights: the
+grid goes on from there when the runs themselves are gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agents.core.errors import UserError
+from agents.core.imports import import_modules
+from agents.core.noise_paths import RectifiedFlow
+from agents.core.settings import from_dict, to_dict
+from agents.generative_models.credit import checked_reward
+from agents.generative_models.generator import load_generator
+from agents.generative_models.methods import METHODS
+from agents.generative_models.monitor import MonitorSettings
+from agents.generative_models.pipeline_generator import PipelineSettings
+from agents.generative_models.rewards import make_reward
+from agents.generative_models.text_to_image import TextToImage
+from agents.generative_models.tuning_config import TuningConfig
+from agents.generative_models.tuning_loop import TuningSettings
+from experiments import finetune_generator
+from experiments.compare import difference
+from experiments.finetune_generator import DEFAULT_REWARD, OF_IMAGES, default_gold, flag, names
+from experiments.generators.finetuning import base_digest, rewards_of
+from experiments.generators.grid_archive import archive_run, without_folders
+from experiments.generators.grid_results import Grid, Job, check_results, collect
+from experiments.generators.report import read_report
+from experiments.generators.runs import read_generator_config
+from experiments.generators.steering import STEERING
+from experiments.running.arguments import Parser, make_folder, run_command, terminate_as_interrupt
+from experiments.running.imports import add_import_flag
+from experiments.running.jobs import STOPPED, run_jobs, run_logged
+from experiments.running.runs import abandon_run, check_label, lock_run
+
+OF_GRID = (
+    "--base", "--method", "--seed", "--preset", "--threads", "--run-dir", "--resume", "--import", "--max-evaluations",
+    "--max-rewards",
+)  # fmt: skip
+"""Flags that are the grid's own and not a run's."""
+SAME_OF_A_SEED = ("drawings", "prompts", "monitored", "held_out")
+"""Parts of a config that all methods of a seed have in common."""
+COMPARED = (
+    "method", "reward", "gold", "drawings", "tuning", "monitor", "loop", "steering", "pipeline", "prompts",
+    "monitored", "held_out", "imports", "seed", "seeds",
+)  # fmt: skip
+"""Parts of a config that make a run what it is: not the device, nor the preset's name, whose values stand in others."""
+OBJECTIVES_OF_GRADIENTS = ("truncated_chain", "one_step")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What runs that are there are held against.
+
+    Attributes:
+        digest: of its weights; None for a pipeline's.
+        is_flow: what noise is where it is auto; None for a pipeline, which is not loaded for that.
+    """
+
+    digest: str | None = None
+    is_flow: bool | None = None
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    p = Parser(prog="python -m experiments.benchmark_generators", description=__doc__)
+    p.add_argument("--base", type=Path, required=True, metavar="RUN|FOLDER|NAME",
+                   help="the generator, as of finetune_generator")  # fmt: skip
+    p.add_argument("--methods", nargs="+", metavar="NAME",
+                   help="methods [all that can climb the reward, and all of steering]")  # fmt: skip
+    p.add_argument(
+        "--variant", nargs=2, action="append", default=[], metavar=("NAME", '"METHOD FLAGS"'),
+        help="a method with flags of its own, under another name; may be given several times",
+    )  # fmt: skip
+    p.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds [1 2 3]")
+    p.add_argument("--reward", default=DEFAULT_REWARD, metavar="NAME",
+                   help=f"what is optimized [{DEFAULT_REWARD}]")  # fmt: skip
+    p.add_argument("--gold", metavar="NAME", help="what is measured and not optimized "
+                   "[as of finetune_generator]")  # fmt: skip
+    p.add_argument("--max-evaluations", type=int, default=0, metavar="N",
+                   help="samples through the denoiser that a training may spend; 0 for no end [0]")  # fmt: skip
+    p.add_argument("--max-rewards", type=int, default=0, metavar="N",
+                   help="images that its reward may see; 0 for no end [0]")  # fmt: skip
+    add_import_flag(p)
+    p.add_argument("--preset", default="auto", help="preset of finetune_generator [auto]")
+    folder = Path("runs/benchmark-generators")
+    p.add_argument("--runs", type=Path, default=folder, help=f"where runs are kept [{folder}]")
+    p.add_argument("--out", type=Path, default=folder, help=f"where results are written [{folder}]")
+    p.add_argument(
+        "--archive", type=Path, metavar="DIR", help="keep what results need of finished runs"
+    )
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
+    p.add_argument("--threads", type=int, help="CPU threads of each run [torch's own]")
+    p.add_argument("--collect", action="store_true", help="only collect what is there")
+    p.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags for finetune_generator")
+    return p
+
+
+@run_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    arguments = parser().parse_args(argv)
+    terminate_as_interrupt()  # runs save and leave
+    if arguments.jobs < 1 or (arguments.threads is not None and arguments.threads < 1):
+        raise UserError("--jobs and --threads must be at least 1")
+    import_modules(arguments.imports)
+    methods, left_out = choose_methods(arguments)
+    jobs = grid(arguments, methods)
+    check_results(arguments.out, jobs)
+    if not arguments.collect:
+        base = try_out(jobs)
+        for job in jobs:
+            check_same(job, base)
+    make_folder(arguments.out, "--out")
+    if arguments.archive:
+        make_folder(arguments.archive, "--archive")
+    failed = [] if arguments.collect else run_grid(jobs, arguments)
+    for job in failed:
+        print(f"failed: {job.folder}, see {job.folder}.log", file=sys.stderr)
+    about = Grid(
+        reward=arguments.reward,
+        gold=arguments.gold or default_gold(arguments.reward),
+        base=str(arguments.base),
+        budget={"evaluations": arguments.max_evaluations, "rewards": arguments.max_rewards},
+        left_out=left_out,
+    )
+    collect(jobs, arguments.out, about)
+    print(f"wrote {arguments.out / 'results.md'}")
+    return 1 if failed else 0
+
+
+# ---------------------------------------------------------------------------------- which runs
+
+
+def choose_methods(
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, tuple[str, list[str]]], list[str]]:
+    """Return methods with their own flags by what they are called, and those left out.
+
+    Raises:
+        UserError: a name is unknown or there twice.
+    """
+    chosen, left_out = arguments.methods, []
+    if chosen is None:
+        known = [*METHODS, *STEERING]
+        climbs = getattr(make_reward(arguments.reward), "differentiable", True)
+        left_out = [] if climbs else [name for name in known if needs_gradient(name)]
+        chosen = [name for name in known if name not in left_out]
+        if left_out:
+            print(f"left out, for {arguments.reward} has no gradient: {', '.join(left_out)}")
+    for name in ("methods", "seeds"):
+        values = getattr(arguments, name) or []
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} names one of {values} twice; once is enough")
+    methods: dict[str, tuple[str, list[str]]] = {name: (name, []) for name in chosen}
+    for label, words in arguments.variant:
+        method, *own = shlex.split(words) or [""]
+        if check_label(label) in methods:
+            raise UserError(f"two methods are called '{label}'; give the variant another name")
+        methods[label] = (method, own)
+    for method, _ in methods.values():
+        if method not in METHODS and method not in STEERING:
+            raise UserError.unknown("method", method, [*METHODS, *STEERING])
+    return methods, left_out
+
+
+def needs_gradient(method: str) -> bool:
+    """Whether a method climbs the gradient of its reward."""
+    if method in STEERING:
+        return method == "reno"
+    return METHODS[method].config().objective in OBJECTIVES_OF_GRADIENTS
+
+
+def grid(
+    arguments: argparse.Namespace, methods: Mapping[str, tuple[str, Sequence[str]]]
+) -> list[Job]:
+    """Return the runs that the command line asks for, all methods of a seed before the next seed.
+
+    Raises:
+        UserError: a flag is wrong for one of them, or methods of a seed would not compare.
+    """
+    jobs: list[Job] = []
+    for seed, (label, (method, own)) in product(arguments.seeds, methods.items()):
+        common = for_steering(arguments.flags) if method in STEERING else arguments.flags
+        for word in (*common, *own):
+            if word.split("=")[0] in OF_GRID:
+                raise UserError(f"{word.split('=')[0]} is the grid's; give it before `--`")
+        words = ["--base", str(arguments.base), "--method", method, "--seed", str(seed)]
+        words += ["--reward", arguments.reward, "--preset", arguments.preset]
+        words += ["--gold", arguments.gold] if arguments.gold else []
+        words += [f"--import={name}" for name in arguments.imports]
+        try:
+            if method in METHODS:
+                words += budget(arguments, [*words, *common, *own])
+            words += [*common, *own]
+            config = config_of(words)
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from error
+        name = f"{label}-seed{seed}"
+        archive = arguments.archive / name if arguments.archive else None
+        job = Job(label, method, seed, arguments.runs / name, archive, tuple(words), config)
+        first = next((each for each in jobs if each.seed == seed), job)
+        check_comparable(job, first)
+        jobs.append(job)
+    return jobs
+
+
+def config_of(words: Sequence[str]) -> dict[str, Any]:
+    """Return config.json's content of a run with these flags."""
+    method = words[words.index("--method") + 1]
+    given = vars(finetune_generator.parser(method).parse_args(words))
+    config: dict[str, Any] = finetune_generator.new_config(method, given)
+    return config
+
+
+def for_steering(flags: Sequence[str]) -> list[str]:
+    """Return flags without those of training, with their values."""
+    own = [*names(TuningConfig), *names(TuningSettings)]
+    training = {flag(name) for name in own if name not in OF_IMAGES}
+    training |= {f"--no-{name[2:]}" for name in training}
+    kept, keeps = [], True
+    for word in flags:
+        if word.startswith("--"):
+            keeps = word.split("=")[0] not in training
+        if keeps:
+            kept.append(word)
+    return kept
+
+
+def budget(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
+    """Return flags that let the budget end a training: so many iterations that it cannot have them all.
+
+    Raises:
+        UserError: a single iteration is over it.
+    """
+    limits = {"evaluations": arguments.max_evaluations, "rewards": arguments.max_rewards}
+    given = {name: most for name, most in limits.items() if most}
+    if not given:
+        return []
+    tuning = config_of(words)["tuning"]
+    # An image takes an evaluation and a reward at least.
+    images = tuning["prompts"] * tuning["group"]
+    name, least = min(given.items(), key=lambda item: item[1])
+    if least < images:
+        raise UserError(
+            f"an iteration draws {images} images, which is over --max-{name} {least}; give more, or fewer --prompts"
+        )
+    limit_flags = [word for name, most in given.items() for word in (f"--max-{name}", str(most))]
+    return [*limit_flags, "--steps", str(least // images)]
+
+
+def check_comparable(job: Job, first: Job) -> None:
+    """Refuse methods of a seed that are trained or judged on different prompts, or from different noise.
+
+    Raises:
+        UserError: names what differs.
+    """
+    ours, theirs = (
+        {name: each.config[name] for name in SAME_OF_A_SEED}
+        | {name: each.config["monitor"][name] for name in ("eval_images", "eval_steps")}
+        | {"seed of evaluations": each.config["seeds"]["evaluation"]}
+        for each in (job, first)
+    )
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise UserError(
+                f"{job.label} would not compare with {first.label}: '{name}' differs; give both the same flags"
+            )
+
+
+# ------------------------------------------------------------------------------ before they start
+
+
+def try_out(jobs: Sequence[Job]) -> Base:
+    """Load the base, and ask every reward for a value, before any run does.
+
+    It also makes the classifier once that processes would make at the same time.
+
+    Returns:
+        What runs that are there are held against.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    config, model = jobs[0].config, None
+    if "pipeline" not in config:
+        model = load_generator(config["base"])
+        model.check_prompts(
+            [prompt for job in jobs for part in SAME_OF_A_SEED[1:] for prompt in job.config[part]]
+        )
+    tried: dict[tuple[str, str], bool] = {}
+    for job in jobs:
+        key = job.config["reward"], job.config["gold"]
+        if key not in tried:
+            tried[key] = try_rewards(job.config, model)
+        if needs_gradient(job.method) and not tried[key]:
+            raise UserError(
+                f"{job.label}: reward '{job.config['reward']}' has no gradient, which {job.method} climbs; leave it "
+                f'out, or give --variant NAME "{job.method} --reward ..."'
+            )
+    if model is None:
+        return Base()
+    return Base(base_digest(model), isinstance(model.path, RectifiedFlow))
+
+
+def try_rewards(config: Mapping[str, Any], model: TextToImage | None) -> bool:
+    """Make the rewards of a run, show them a gray image, and return whether the optimized one has a gradient."""
+    rewards = rewards_of(config)
+    if model is not None:
+        image = torch.full((1, 3, *model.shape[1:]), 0.5)
+        for reward in rewards.values():
+            checked_reward(reward, image, config["held_out"][:1])
+    return bool(getattr(rewards["proxy"], "differentiable", True))
+
+
+def check_same(job: Job, base: Base) -> None:
+    """Refuse to take a run that is there for another one than is asked for.
+
+    Raises:
+        UserError: it was made with other settings, or of another base.
+    """
+    if not (job.results / "config.json").is_file():
+        return
+    found = read_generator_config(job.results, finetune_generator.COMMAND)
+    wanted = json.loads(json.dumps(job.config))
+    defaults = {"tuning": TuningConfig(), "monitor": MonitorSettings(), "loop": TuningSettings()}
+    defaults |= {"pipeline": PipelineSettings()} if "pipeline" in wanted else {}
+    for part, values in defaults.items():  # what later versions have added
+        found[part] = to_dict(values) | found.get(part, {})
+    tuning = wanted["tuning"]
+    if base.is_flow is not None:
+        tuning = to_dict(from_dict(TuningConfig, tuning).on_path(is_flow=base.is_flow))
+    for name in ("noise", "noise_level"):  # a run that has begun says which it is
+        if tuning[name] in ("auto", None) or found["tuning"][name] in ("auto", None):
+            tuning[name] = found["tuning"][name]
+    wanted["tuning"] = tuning
+    report = job.report or {}
+    parts = (*COMPARED, *(() if job.is_archived or report.get("base") else ("base",)))
+    where = None
+    if base.digest and report.get("base", base.digest) != base.digest:
+        where = "weights of the base"
+    for part in parts:
+        ours, theirs = (without_folders(each.get(part)) for each in (found, wanted))
+        where = where or difference(ours, theirs, part)
+    if where:
+        raise UserError(
+            f"'{job.results}' was made with other settings than these ({where}); give other --runs and --archive, or "
+            "the flags of that grid"
+        )
+
+
+# ----------------------------------------------------------------------------------- run them
+
+
+def run_grid(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[Job]:
+    """Run what is missing of a grid, and return the runs that failed or were stopped."""
+    make_folder(arguments.runs, "--runs")
+    threads = ["--threads", str(arguments.threads)] if arguments.threads else []
+    imports = [f"--import={name}" for name in arguments.imports]
+    first = arguments.seeds[0]
+
+    def run(job: Job) -> int:
+        return run_job(job, threads, imports, with_sheets=job.seed == first)
+
+    return run_jobs(jobs, run, arguments.jobs)
+
+
+def run_job(
+    job: Job, threads: Sequence[str], imports: Sequence[str], *, with_sheets: bool = False
+) -> int:
+    """Make or go on with one run, and archive it; return the exit code of what failed, or 0.
+
+    Args:
+        job: the run; nothing is done where the archive has it.
+        threads: flag, of every start.
+        imports: flags, of a start that goes on; those of a new run are among its own.
+        with_sheets: archive images before and after, too.
+    """
+    if job.is_archived:
+        return 0
+    name = f"{job.label}, seed {job.seed}"
+    if read_report(job.folder) is None:
+        command = [sys.executable, "-m", finetune_generator.COMMAND]
+        if job.steers and (job.folder / "config.json").exists():
+            with lock_run(job.folder):  # what was killed in the middle has nothing to go on from
+                abandon_run(job.folder, is_new=True)
+        if (job.folder / "config.json").exists():
+            command += ["--resume", str(job.folder), *imports, *threads]
+        else:
+            command += [*job.words, "--run-dir", str(job.folder), *threads]
+        if code := run_logged(command, job.folder.with_name(f"{job.folder.name}.log")):
+            return code
+        if read_report(job.folder) is None:
+            return STOPPED
+        print(f"{name}: finished", flush=True)
+    if job.archive:
+        size = archive_run(job.folder, job.archive, with_sheets=with_sheets)
+        print(f"{name}: archived, {size / 1e3:,.0f} KB", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

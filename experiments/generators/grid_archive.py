@@ -1,0 +1,68 @@
+"""One archive folder for each finished run of a grid: what tables need of it, a picture of its course, no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from experiments.generators.report import FOLDER
+from experiments.running.runs import write_json
+
+JSONS = ("config.json", "system.json", f"{FOLDER}/report.json")
+"""What tables are made of; folders of this machine are taken out of what they say."""
+CURVES, MOST_CURVES = "metrics.csv", 200_000
+"""Kept where it has no more bytes than these."""
+SHEETS = ("before", "after")
+"""Pictures of a report, as JPEGs of some KB."""
+JPEG_QUALITY = 80
+
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^/\s'\"()]+/)+(?=[^/\s'\"()])")
+
+
+def without_folders(content: Any) -> Any:
+    """Return a tree whose texts name files and runs without the folders that these are in.
+
+    Example:
+        >>> without_folders({"base": "/home/a/runs/base", "reward": "clip(/models/b)", "prompts": ["1/2"]})
+        {'base': 'base', 'reward': 'clip(b)', 'prompts': ['1/2']}
+    """
+    if isinstance(content, str):
+        return _FOLDERS.sub("", content)
+    if isinstance(content, list):
+        return [without_folders(each) for each in content]
+    if isinstance(content, dict):
+        return {name: without_folders(each) for name, each in content.items()}
+    return content
+
+
+def archive_run(run: Path, archive: Path, *, with_sheets: bool) -> int:
+    """Keep what tables need of a finished run, and return its bytes; the archive appears whole or not at all.
+
+    Args:
+        run: it has its report.
+        archive: folder that does not exist.
+        with_sheets: keep images before and after, too.
+    """
+    unfinished = archive.with_name(archive.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / FOLDER).mkdir(parents=True)
+    for name in JSONS:
+        write_json(unfinished / name, without_folders(json.loads((run / name).read_text())))
+    curves, plot = run / CURVES, run / FOLDER / "monitor.png"
+    if curves.is_file() and curves.stat().st_size <= MOST_CURVES:
+        shutil.copyfile(curves, unfinished / CURVES)
+    if plot.is_file():
+        shutil.copyfile(plot, unfinished / plot.name)
+    for name in SHEETS if with_sheets else ():
+        with Image.open(run / FOLDER / f"{name}.png") as picture:
+            picture.convert("RGB").save(
+                unfinished / FOLDER / f"{name}.jpg", quality=JPEG_QUALITY, optimize=True
+            )
+    size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
+    unfinished.rename(archive)
+    return size
