@@ -90,8 +90,8 @@ def parser() -> Parser:
     p = Parser(prog="python -m experiments.benchmark_generators", description=__doc__)
     p.add_argument("--base", type=Path, required=True, metavar="RUN|FOLDER|NAME",
                    help="the generator, as of finetune_generator")  # fmt: skip
-    p.add_argument("--methods", nargs="+", metavar="NAME",
-                   help="methods [all that can climb the reward, and all of steering]")  # fmt: skip
+    p.add_argument("--methods", nargs="*", metavar="NAME",
+                   help="methods; without names, variants alone [all that can climb the reward]")  # fmt: skip
     p.add_argument(
         "--variant", nargs=2, action="append", default=[], metavar=("NAME", '"METHOD FLAGS"'),
         help="a method with flags of its own, under another name; may be given several times",
@@ -182,6 +182,8 @@ def choose_methods(
         if check_label(label) in methods:
             raise UserError(f"two methods are called '{label}'; give the variant another name")
         methods[label] = (method, own)
+    if not methods:
+        raise UserError("nothing to run: give names behind --methods, or a --variant")
     for method, _ in methods.values():
         if method not in METHODS and method not in STEERING:
             raise UserError.unknown("method", method, [*METHODS, *STEERING])
@@ -358,13 +360,13 @@ def check_same(job: Job, base: Base) -> None:
         if tuning[name] in ("auto", None) or found["tuning"][name] in ("auto", None):
             tuning[name] = found["tuning"][name]
     wanted["tuning"] = tuning
-    report = job.report or {}
-    parts = (*COMPARED, *(() if job.is_archived or report.get("base") else ("base",)))
-    where = None
-    if base.digest and report.get("base", base.digest) != base.digest:
-        where = "weights of the base"
-    for part in parts:
-        ours, theirs = (without_folders(each.get(part)) for each in (found, wanted))
+    told = (job.report or {}).get("base")
+    compared = COMPARED if told and base.digest else ("base", *COMPARED)
+    where = "weights of the base" if told and base.digest and told != base.digest else None
+    for part in compared:
+        ours, theirs = found.get(part), wanted.get(part)
+        if job.is_archived:
+            theirs = without_folders(theirs)
         where = where or difference(ours, theirs, part)
     if where:
         raise UserError(

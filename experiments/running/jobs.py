@@ -33,9 +33,9 @@ def run_jobs(jobs: Sequence[Job], run: Callable[[Job], int], workers: int) -> li
         try:
             return [job for job, code in zip(jobs, codes, strict=True) if code]
         except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # first: who is done takes no other job
             for process in list(_running):
                 process.terminate()  # it saves and leaves
-            pool.shutdown(cancel_futures=True)
             raise
 
 
