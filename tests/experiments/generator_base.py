@@ -1,5 +1,6 @@
 """A generator of random weights, as a base to fine-tune."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -26,3 +27,11 @@ def write_base(folder: Path, seed: int = 0) -> Path:
     save_generator(folder, generator)
     (folder / "config.json").write_text(json.dumps({"drawings": to_dict(DRAWINGS)}))
     return folder
+
+
+_calls = itertools.count()
+
+
+def fading(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Return a reward that is less whenever it is asked: of a run, the base has the most of it."""
+    return torch.full((len(images),), -float(next(_calls)))

@@ -17,11 +17,12 @@ from experiments.benchmark_generators import (
     main,
     parser,
     run_job,
-    try_out,
 )
-from experiments.generators import grid_results, runs
+from experiments.generators import runs
 from experiments.generators.grid_archive import without_folders
-from experiments.generators.grid_results import Grid, Job, Result, collect
+from experiments.generators.grid_checks import check_same, try_out
+from experiments.generators.grid_page import collect, markdown
+from experiments.generators.grid_results import Grid, Job, Result, gain
 from experiments.generators.steering import STEERING
 from experiments.running.jobs import STOPPED
 from experiments.running.runs import write_json
@@ -180,7 +181,7 @@ def test_gains_are_of_seeds_and_prompts_in_them(tmp_path):
         for seed in (1, 2, 3)
     ]
     found = [Result(job, job.report) for job in jobs]
-    value = grid_results.gain(found, "drawings_strict")
+    value = gain(found, "drawings_strict")
     gains = [np.subtract(*result.by_prompt("drawings_strict")[::-1]) for result in found]
     means = []
     for _ in range(4000):
@@ -188,7 +189,7 @@ def test_gains_are_of_seeds_and_prompts_in_them(tmp_path):
         means.append(np.mean([random.choice(gains[k], len(gains[k])).mean() for k in chosen]))
     assert value.point == pytest.approx(np.mean([each.mean() for each in gains]))
     assert [value.low, value.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
-    page = grid_results.markdown(found, jobs, ABOUT)
+    page = markdown(found, jobs, ABOUT)
     assert f"{value.point:.3f} [{value.low:.3f}, {value.high:.3f}]" in page
 
 
@@ -213,7 +214,7 @@ def test_a_gain_of_the_reward_alone_is_none(tmp_path):
     """The optimized reward has risen, what was not optimized has not; nobody asked for drawings."""
     gains = {"shapes (optimized)": [0.5, 0.5], "classifier (not optimized)": [-0.1, 0.1]}
     job = finished(tmp_path, "a", 1, gains)
-    page = grid_results.markdown([Result(job, job.report)], [job], ABOUT)
+    page = markdown([Result(job, job.report)], [job], ABOUT)
     assert "does not clear" in cells(page, "a")["verdict"]
 
 
@@ -222,7 +223,7 @@ def test_the_last_checkpoint_has_a_table_of_its_own(tmp_path):
     good, bad = {"drawings_strict": [0.2, 0.2]}, {"drawings_strict": [-0.2, -0.2]}
     jobs = [finished(tmp_path, "hacks", 1, good, last=bad), finished(tmp_path, "stays", 1, good)]
     found = [Result(job, job.report) for job in jobs]
-    page = grid_results.markdown(found, jobs, ABOUT)
+    page = markdown(found, jobs, ABOUT)
     best, last = (cells(page, "hacks", table) for table in (0, 1))
     assert (best["drawings_strict: gain"], last["drawings_strict: gain"]) == (
         "0.200 [0.200, 0.200]", "-0.200 [-0.200, -0.200]",
@@ -241,7 +242,7 @@ def test_costs_are_of_a_training_or_of_a_steered_image(tmp_path):
         finished(tmp_path, "b", 1, gains),
     ]  # fmt: skip
     found = [Result(job, job.report) for job in jobs]
-    page = grid_results.markdown(found, jobs, ABOUT)
+    page = markdown(found, jobs, ABOUT)
     trained, steered = cells(page, "a"), cells(page, "best-of-n (of seed 1 alone)", 2)
     assert [trained[name] for name in ("evaluations", "rewards", "minutes")] == ["160", "80", "2"]
     images = 2 * 4
@@ -265,7 +266,7 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
     about = Grid(
         "shapes", "classifier", "/home/a/base", {"evaluations": 100, "rewards": 0}, ["refl"]
     )
-    page = grid_results.markdown(found, [*jobs, missing], about)
+    page = markdown(found, [*jobs, missing], about)
     for said in (
         "guard has not all settings of its own: step_weight noise instead of gain.",
         "Over the budget, by their first iteration: guard (seed 1).",
@@ -275,7 +276,7 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
         "Base: base.",
     ):
         assert said in page, said
-    assert "has not all settings" not in grid_results.markdown(found[1:], [missing], about)
+    assert "has not all settings" not in markdown(found[1:], [missing], about)
 
 
 # -------------------------------------------------------------------------------- what is refused
@@ -325,12 +326,12 @@ def test_runs_of_other_settings_and_results_of_other_grids_are_refused(base, tmp
     (job,) = jobs_of(base, tmp_path, methods="flow-grpo")
     known = try_out([job])
     write_json(job.folder / "config.json", job.config)
-    benchmark_generators.check_same(job, known)
+    check_same(job, known)
     begun = json.loads(json.dumps(job.config))  # a run that has begun says which noise auto is
     begun["tuning"] |= {"noise": "flow_sde", "noise_level": 0.7}
     del begun["monitor"]["tolerance"]  # of a version that did not have it
     write_json(job.folder / "config.json", begun | {"device": "cuda", "threads": 4})
-    benchmark_generators.check_same(job, known)
+    check_same(job, known)
     changes = (
         ("--", "--clip", "0.5"), ("--", "--noise", "posterior"), ("--", "--noise-level", "0.5"), ("--", "--steps", "7"),
         ("--max-rewards", "60"),
@@ -338,7 +339,7 @@ def test_runs_of_other_settings_and_results_of_other_grids_are_refused(base, tmp
     for more in changes:
         (other,) = jobs_of(base, tmp_path, *more, methods="flow-grpo")
         with pytest.raises(UserError, match="made with other settings than these"):
-            benchmark_generators.check_same(other, known)
+            check_same(other, known)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.csv").write_text("method,seed\nraft,1\n")
     assert main(words(base, tmp_path, methods="flow-grpo")) == 2

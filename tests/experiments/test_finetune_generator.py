@@ -60,6 +60,23 @@ def test_from_base_to_report(base, tmp_path):
     assert all(torch.equal(value, saved[key]) for key, value in again.state_dict().items())
 
 
+def test_a_report_shows_the_last_checkpoint_beside_the_one_of_the_most_gold(base, tmp_path):
+    run, gold = tmp_path / "run", "tests.experiments.generator_base:fading"
+    assert main(words(base, run, "--learning-rate", "0.01", "--patience", "0", "--gold", gold)) == 0
+    report = json.loads((run / "report" / "report.json").read_text())
+    last, kl = report["last"], [each["values"]["kl"] for each in report["history"]]
+    assert (report["step"], report["kl"]) == (0, 0)
+    assert (last["step"], last["kl"]) == (2, kl[2])
+    first, end = report["rewards"][0]["by_prompt"], last["rewards"][0]["by_prompt"]
+    assert first["after"] == first["before"] == end["before"], "the base itself"
+    assert end["after"] != end["before"]
+    for row in last["rewards"]:
+        assert row["after"][0] == pytest.approx(sum(row["by_prompt"]["after"]) / report["prompts"])
+    assert report["spent"]["rewards"] == 2 * 2 * 3
+    assert report["spent"]["wall_seconds"] > 0
+    assert "## The last checkpoint, iteration 2" in (run / "report" / "report.md").read_text()
+
+
 def test_a_resumed_run_is_the_one_that_was_not_stopped(base, tmp_path):
     whole, half = tmp_path / "whole", tmp_path / "half"
     common = ("--learning-rate", "0.01", "--patience", "0")
