@@ -206,6 +206,7 @@ def _matmul_flops(seconds: float, device: str, *, bf16: bool) -> float:
 def peer(seconds: float, task: str = "dmc/cartpole-swingup", size: int = 48) -> list[Table]:
     """Compare our SAC with Stable-Baselines3's and its CnnPolicy: gradient steps, and whole training steps."""
     from stable_baselines3 import SAC
+    from stable_baselines3.common.logger import Logger
 
     settings: dict[str, Any] = {"size": size, "seed": 0}
     batch_size = find_preset("cpu", "cpu")["batch_size"]
@@ -213,6 +214,8 @@ def peer(seconds: float, task: str = "dmc/cartpole-swingup", size: int = 48) -> 
     theirs = SAC(
         "CnnPolicy", theirs_env, buffer_size=2000, batch_size=batch_size, learning_starts=16, seed=0
     )
+
+    theirs.set_logger(Logger(folder=None, output_formats=[]))  # its own makes a folder in each call
 
     def learn(steps: int = 1) -> None:
         theirs.learn(steps, reset_num_timesteps=False, log_interval=None)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger as TheirLogger
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from agents.core.errors import UserError
@@ -244,7 +245,7 @@ def model_on(environment: VecEnv, config: PPOConfig, *, seed: int, device: str =
     policy: dict[str, Any] = {"net_arch": {"pi": layers, "vf": layers}}
     if isinstance(environment.action_space, gym.spaces.Box):
         policy["log_std_init"] = config.initial_log_std
-    return PPO(
+    model = PPO(
         "CnnPolicy" if is_image(environment.observation_space) else "MlpPolicy",
         environment,
         policy_kwargs=policy,
@@ -252,3 +253,7 @@ def model_on(environment: VecEnv, config: PPOConfig, *, seed: int, device: str =
         device=device,
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
     )
+    model.set_logger(
+        TheirLogger(folder=None, output_formats=[])
+    )  # its own would leave a folder in /tmp
+    return model
