@@ -139,7 +139,8 @@ def _table(
         _mean([result.report["diversity"][name][0] for result in bases])
         for name in ("distance", "recall")
     ]
-    lines.append(f"| the base's values | {' | '.join(values)} | {'- | ' * len(costs)}|")
+    values += ["-"] * (len(costs) + 1)
+    lines.append(f"| the base's values | {' | '.join(values)} |")
     for label, results in groups(found).items():
         cells = [_name(label, results, seeds, grid)]
         cells += [_shown(gain(results, name)) for name in measures]
@@ -203,7 +204,7 @@ def notes(found: Sequence[Result], jobs: Sequence[Job], grid: Grid) -> list[str]
 
 
 def changed_settings(jobs: Sequence[Job]) -> list[str]:
-    """Return which of its own settings a method does not have here: a preset or a flag has replaced them."""
+    """Return which of its own settings a method does not have here: flags, or the preset debug, have replaced them."""
     first: dict[str, Job] = {}
     for job in jobs:
         first.setdefault(job.label, job)
