@@ -147,8 +147,8 @@ def compare(
     rows = []
     for name, old in before.scores.items():
         new = after.scores[name]
-        intervals = [_interval(values) for values in (old, new, new - old)]
-        rows.append(Row(name, *intervals, {"before": old.tolist(), "after": new.tolist()}))
+        means = {"before": old.tolist(), "after": new.tolist()}
+        rows.append(Row(name, _interval(old), _interval(new), _interval(new - old), means))
     vectors = before.vectors, after.vectors
     diversity: dict[str, list[float | None]] = {
         "distance": [float(group_distance(v, images)) if images > 1 else None for v in vectors],

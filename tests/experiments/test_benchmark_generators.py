@@ -123,6 +123,18 @@ def test_a_grid_is_run_within_its_budget_archived_and_not_run_again(
     assert "weights of the base" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_runs_are_processes_of_their_own(base, tmp_path):
+    more = ("--jobs", "2", "--max-evaluations", "100")
+    assert main(words(base, tmp_path, *more, methods="raft best-of-n")) == 0
+    found = {row["method"]: row for row in rows(tmp_path / "out" / "results.csv")}
+    assert list(found) == ["raft", "best-of-n"]
+    assert 0 < int(found["raft"]["evaluations"]) <= 100
+    assert "--max-evaluations" in found["raft"]["ended_by"]
+    for name in found:
+        assert "report:" in (tmp_path / "runs" / f"{name}-seed1.log").read_text()
+
+
 def report_of(folder, name):
     return json.loads((folder / "kept" / f"{name}-seed1" / "report" / "report.json").read_text())
 
