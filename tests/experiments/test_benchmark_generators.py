@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from agents.core.errors import UserError
 from agents.generative_models.methods import METHODS
@@ -19,7 +20,7 @@ from experiments.benchmark_generators import (
     run_job,
 )
 from experiments.generators import runs
-from experiments.generators.grid_archive import without_folders
+from experiments.generators.grid_archive import in_few_colors, without_folders
 from experiments.generators.grid_checks import check_same, try_out
 from experiments.generators.grid_page import collect, markdown
 from experiments.generators.grid_results import Grid, Job, Result, gain
@@ -111,7 +112,7 @@ def test_a_grid_is_run_within_its_budget_archived_and_not_run_again(
         assert str(tmp_path) not in file.read_text(), file
     kept = sorted(file.name for file in (tmp_path / "kept" / "wide-seed1").rglob("*.*"))
     assert kept == [
-        "after.jpg", "before.jpg", "config.json", "metrics.csv", "monitor.png", "report.json", "system.json",
+        "after.png", "before.png", "config.json", "metrics.csv", "monitor.png", "report.json", "system.json",
     ]  # fmt: skip
 
     shutil.rmtree(tmp_path / "runs")
@@ -420,6 +421,20 @@ def test_steering_that_was_killed_starts_anew(base, tmp_path, commands):
     assert run_job(job, ["--threads", "1"], []) == 0
     assert "--resume" not in commands[0]
     assert job.report is not None
+
+
+def test_archived_pictures_keep_red_and_purple_apart():
+    """Few pixels of each among dark ones: median cut, the usual way, makes one color of both."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 30, (96, 96, 3), dtype=np.uint8)
+    pixels[:3, :3], pixels[-3:, -3:] = (220, 40, 40), (150, 60, 200)
+    picture = Image.fromarray(pixels)
+    usual = picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    ours, theirs = (
+        np.abs(np.asarray(small.convert("RGB")).astype(int) - pixels).max()
+        for small in (in_few_colors(picture), usual)
+    )
+    assert ours <= 10 < 50 < theirs
 
 
 @pytest.mark.parametrize(
