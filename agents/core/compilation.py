@@ -90,7 +90,7 @@ class Compiler:
         return self.programs[key](tensors)
 
     def _give_up(self, name: str, error: Exception) -> None:
-        why = f"{name} cannot be compiled here ({_one_line(error)})"
+        why = cannot_compile(name, error)
         if not self.fall_back:
             raise UserError(f"{why}; use --compile off, or auto to go on where it fails") from error
         warnings.warn(f"{why}; training goes on without compiling", stacklevel=3)
@@ -287,9 +287,10 @@ def _replaced(tree: Any, replace: Callable[[Tensor], Any]) -> Any:
     return tree
 
 
-def _one_line(error: BaseException) -> str:
-    """Return the first line of what an error says, without what compilers wrap around it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+def cannot_compile(name: str, error: BaseException) -> str:
+    """Return one line on why something is not compiled, without what compilers wrap around an error."""
+    while inner := getattr(error, "inner_exception", None) or error.__cause__:
+        error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{name} cannot be compiled here ({said})"

@@ -30,6 +30,7 @@ from agents.core.denoising import TimeDistribution
 from agents.core.errors import UserError
 from agents.core.noise_paths import CosineVP, DiscreteVP, LinearVP, Path, Prediction, RectifiedFlow
 from agents.core.settings import from_dict, to_dict
+from agents.generative_models.forward_passes import forward_pass
 from agents.generative_models.networks import BesideGuess, ImageDiT, ImageUNet
 from agents.generative_models.pipeline_generator import PipelineGenerator
 from agents.generative_models.text import TextEncoder, Vocabulary
@@ -197,6 +198,11 @@ class ImageGenerator(TextToImage):
     def decode(self, x: Tensor) -> Tensor:
         """Return images float [B, 3, H, W] in [0, 1] of denoised x; differentiable where x is in [-1, 1]."""
         return (0.5 * x + 0.5).clamp(0, 1)
+
+    def compute_in(self, precision: Literal["fp32", "bf16"]) -> ImageGenerator:
+        """Let the denoiser compute in a precision from now on; what it takes and returns stays float32."""
+        forward_pass(self.denoiser).bf16 = precision == "bf16"
+        return self
 
     def from_images(self, images: Tensor) -> Tensor:
         """Return x0 of images, uint8 or float in [0, 1]: what `decode` turns back."""

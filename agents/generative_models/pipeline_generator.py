@@ -52,7 +52,7 @@ class PipelineSettings:
     """Ends of names of the layers that get one; none for all projections of attention (DDPO, Flow-GRPO)."""
     precision: Precision = "auto"
     """Of the frozen networks. Commands take bf16 on CUDA devices for auto; it is fp32 otherwise. LoRA and
-    log-probabilities are float32."""
+    log-probabilities are float32. Generators of pretrain_generator take fp32 and bf16, under autocast."""
     image_size: int = 0
     """Side of images in pixels; 0 for the pipeline's own (512 or 1024)."""
     text_length: int = 128
@@ -145,7 +145,7 @@ class PipelineGenerator(TextToImage):
         self.source, self.settings, self.prompts, self.digest = source, settings, prompts, digest
         self.pipe, self.denoiser, self.adapters = prompts.pipe, denoiser, adapters
         self.vae: Any = self.pipe.vae
-        network = denoiser.denoiser if isinstance(denoiser, WithoutLora) else denoiser
+        network = self.network
         assert isinstance(network, PipelineNetwork)
         self.schedule = network.schedule
         self.path, self.kind = self.schedule.path, self.schedule.kind
@@ -161,6 +161,12 @@ class PipelineGenerator(TextToImage):
     def device(self) -> torch.device:
         """Where its networks are; text encoders come there when they are needed."""
         return next(self.denoiser.parameters()).device
+
+    @property
+    def network(self) -> nn.Module:
+        """See `TextToImage.network`; a reference's is the one that learns."""
+        own = self.denoiser
+        return own.denoiser if isinstance(own, WithoutLora) else own
 
     # ---------------------------------------------------------------------------------- prompts
 

@@ -25,6 +25,7 @@ from agents.generative_models.tuner import (
     GeneratorTuner,
     Metrics,
     mean_metrics,
+    part_sizes,
     parts,
     reward_metrics,
 )
@@ -44,6 +45,28 @@ class _Drawn:
 
 class SelectionTuner(GeneratorTuner):
     """Draws, selects, and learns from what is selected; see the module and `GeneratorTuner`."""
+
+    rows = 1
+    """Images that are learned from together."""
+
+    def usual_sizes(self) -> set[int]:
+        """See `GeneratorTuner.usual_sizes`; those of learning are of prompts that all say something."""
+        chosen = self.config.prompts // self.ranks.size * self.per_prompt
+        most = max(1, self.config.batch_size // self.rows)
+        return super().usual_sizes() | {
+            min(size, most) * self.rows * self.samples
+            for size in part_sizes(chosen, self.config.updates)
+        }
+
+    @property
+    def per_prompt(self) -> int:
+        """Selections from a prompt's images."""
+        return 1
+
+    @property
+    def samples(self) -> int:
+        """How many samples an image is in a pass of learning."""
+        return self.config.draws
 
     def iterate(self, batch: Sequence[str]) -> Metrics:
         """See `GeneratorTuner.iterate`."""
@@ -99,6 +122,11 @@ class SelectionTuner(GeneratorTuner):
 class ImitationTuner(SelectionTuner):
     """RAFT: the best images of each prompt are learned like data."""
 
+    @property
+    def per_prompt(self) -> int:
+        """See `SelectionTuner.per_prompt`."""
+        return self.config.best
+
     def select(self, drawn: _Drawn) -> Tensor:
         """See `SelectionTuner.select`."""
         return best_of_group(drawn.reward, drawn.group, self.config.best)
@@ -112,6 +140,8 @@ class ImitationTuner(SelectionTuner):
 
 class PairTuner(SelectionTuner):
     """Pairs of best and worst; subclasses say what log-ratio they have."""
+
+    rows = 2
 
     def select(self, drawn: _Drawn) -> Tensor:
         """See `SelectionTuner.select`: the best in the first row, the worst in the second."""
@@ -153,6 +183,11 @@ class StepPairTuner(PairTuner):
     """D3PO: every stochastic step of two chains from one noise is a comparison; a gradient step is of their mean."""
 
     _index = 0  # the step that is compared
+
+    @property
+    def samples(self) -> int:
+        """See `SelectionTuner.samples`."""
+        return self.halves
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)

@@ -26,6 +26,7 @@ from agents.core.memory import memory_errors_named
 from agents.core.parameter_averages import ParameterAverage
 from agents.core.run_loop import Hooks, LoopSettings, RunLoop
 from agents.generative_models.drawings import Drawings
+from agents.generative_models.forward_passes import forward_pass
 from agents.generative_models.generator import PART, ImageGenerator
 
 LESS_MEMORY = (
@@ -166,7 +167,7 @@ class Pretrainer(Learner):
         self.config, self.steps = config, steps
         self.image_generator = image_generator
         self.average = ParameterAverage(image_generator, decay=config.average_decay)
-        device = image_generator.device
+        self.device = device = image_generator.device
         self.generator = torch.Generator(device).manual_seed(seed)
         self.noisy_share = 1.0 if config.noisy_steps else config.noisy_share
         self.optimizer = torch.optim.AdamW(
@@ -174,6 +175,19 @@ class Pretrainer(Learner):
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=True,
+        )
+
+    def compile(self, *, backend: str | None = None, fall_back: bool = False) -> None:
+        """Compile the denoiser's pass over a batch; see `forward_passes`.
+
+        Evaluations draw with the average, which stays as it is: they are rare, and it would be compiled anew for them.
+
+        Args:
+            backend: of `torch.compile`.
+            fall_back: go on without compiling, after a warning, where it fails.
+        """
+        forward_pass(self.image_generator.denoiser).compile(
+            {self.config.batch_size}, backend=backend, fall_back=fall_back
         )
 
     def update(self, batch: PictureBatch) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from agents.generative_models.tuner import (
     GeneratorTuner,
     Metrics,
     mean_metrics,
+    part_sizes,
     parts,
     reward_metrics,
 )
@@ -84,6 +85,12 @@ class RewardGradientTuner(GeneratorTuner):
                 "brightness, or a method that only asks for rewards, such as flow-grpo"
             )
         self.still = self.model.sampler(self.config.denoising_steps, STILL, shift=self.config.shift)
+
+    def usual_sizes(self) -> set[int]:
+        """See `GeneratorTuner.usual_sizes`."""
+        images = self.config.prompts // self.ranks.size * self.config.group
+        sizes = part_sizes(images, self.config.updates)
+        return {min(size, self.config.batch_size) * self.halves for size in sizes}
 
     def iterate(self, batch: Sequence[str]) -> Metrics:
         """See `GeneratorTuner.iterate`."""

@@ -47,6 +47,11 @@ class TextToImage(nn.Module, ABC):
     training_times: TimeDistribution
     training_shift: float = 1.0
 
+    @property
+    def network(self) -> nn.Module:
+        """What computes the denoiser's passes: itself, unless it only changes how another one does."""
+        return self.denoiser
+
     # ------------------------------------------------------------------- what each kind says itself
 
     @property

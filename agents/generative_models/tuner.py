@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from agents.core.agent import Learner
 from agents.core.errors import UserError
+from agents.core.guidance import ClassifierFree
 from agents.core.noise_paths import RectifiedFlow
 from agents.core.parameter_averages import ParameterAverage
 from agents.core.ranks import Ranks
@@ -29,6 +30,7 @@ from agents.core.sampling import Denoiser, Sampler
 from agents.core.seeding import rank_seed
 from agents.generative_models.chains import ChainBatch, draw_chains, step_rules, window_start
 from agents.generative_models.credit import RewardFunction, checked_reward
+from agents.generative_models.forward_passes import forward_pass
 from agents.generative_models.text_to_image import TextToImage
 from agents.generative_models.tuning_config import TuningConfig
 
@@ -121,6 +123,33 @@ class GeneratorTuner(Learner):
         self.evaluations = spent + self.ranks.total(self.evaluations - spent)
         self.scored = scored + self.ranks.total(self.scored - scored)
         return metrics
+
+    # --------------------------------------------------------------------------------- compiled
+
+    def compile(self, *, backend: str | None = None, fall_back: bool = False) -> None:
+        """Compile the denoisers' passes of the usual sizes; see `forward_passes`.
+
+        Args:
+            backend: of `torch.compile`.
+            fall_back: go on without compiling, after a warning, where it fails.
+        """
+        sizes = self.usual_sizes()
+        for model in (self.model, self.reference):
+            forward_pass(model.network).compile(sizes, backend=backend, fall_back=fall_back)
+        if self.reference.network is not self.model.network:
+            # As if it learned: then it shares the model's program. Whoever asks it does so without gradient.
+            self.reference.network.requires_grad_(True)
+
+    def usual_sizes(self) -> set[int]:
+        """Return how many samples usually go through the denoiser at once."""
+        images = self.config.prompts // self.ranks.size * self.config.group
+        return {self.pass_size(images) * self.halves}
+
+    @property
+    def halves(self) -> int:
+        """How many samples an image is in a guided pass: two with classifier-free guidance, else one."""
+        guided = self.guided(self.model)
+        return 2 if isinstance(guided, ClassifierFree) and guided.scale != 0 else 1
 
     # -------------------------------------------------------------------------------- its parts
 
@@ -272,6 +301,12 @@ def parts(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
     bounds = [len(items) * index // count for index in range(count + 1)]
     for first, last in pairwise(bounds):
         yield items[first:last]
+
+
+def part_sizes(items: int, count: int) -> set[int]:
+    """Return how long `parts` of so many items are."""
+    count = max(1, min(count, items))
+    return {items // count, -(-items // count)}
 
 
 def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
