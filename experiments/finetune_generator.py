@@ -5,6 +5,7 @@
     python -m experiments.finetune_generator --base RUN --method fk-steering --reward shapes
     python -m experiments.finetune_generator --base stable-diffusion-v1-5/stable-diffusion-v1-5 --method ddpo \
         --reward "aesthetic(DIR)" --gold "pickscore(DIR)" --prompt-file train.txt --held-out test.txt
+    python -m experiments.finetune_generator --base RUN --method ddpo --reward shapes --preset gpu-64 --compile auto
     python -m experiments.finetune_generator --resume runs/generators/flow-grpo-shapes-seed0 --steps 200
     torchrun --nproc-per-node 8 -m experiments.finetune_generator --base RUN --method flow-grpo --reward shapes
 
@@ -31,10 +32,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from agents.core.errors import UserError
 from agents.core.imports import import_modules
+from agents.core.precision import resolve_precision
 from agents.core.processes import joined_ranks
 from agents.core.ranks import Ranks
 from agents.core.seeding import spawn_seeds
@@ -49,6 +53,7 @@ from agents.generative_models.tuning_loop import LESS_MEMORY, TuningSettings
 from experiments.generators.finetuning import FineTuningSession, choose_prompts, split_held_out
 from experiments.generators.runs import (
     SCHEMA,
+    add_compile_flag,
     free_run_dir,
     read_generator_config,
     refuse_changes,
@@ -65,7 +70,7 @@ RESUMABLE = (
     "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_evaluations", "max_rewards",
     "patience", "tolerance", "most_kl", "least_recall",
 )  # fmt: skip
-"""What --resume may change, beside device and threads."""
+"""What --resume may change, beside device, threads and compile."""
 PROMPT_COUNT, REPORT_PROMPTS = 512, 64
 OF_IMAGES = ("guidance", "batch_size")
 """Settings of the trainer that steering has, too."""
@@ -75,6 +80,9 @@ HIDDEN = ("eval_episodes", "exact_resume")
 PRESETS: dict[str, dict[str, Any]] = {
     # Settings of the method, more images.
     "gpu": {"prompts": 48, "group": 24, "batch_size": 128, "eval_prompts": 64, "learning_rate": 3e-5},
+    # For a base of pretrain_generator's gpu-64: Flow-GRPO's groups, passes that leave room on 24 GB beside 134 million
+    # parameters, and the step size with which DanceGRPO's recipes move a whole network (arXiv:2505.07818).
+    "gpu-64": {"prompts": 48, "group": 24, "batch_size": 64, "eval_prompts": 64, "learning_rate": 1e-5},
     # One core: an iteration takes some seconds.
     "cpu": {"steps": 60},
     # Two cores, a base of 24 pixels (see experiments.generator_demo). Few images must say much: noise in the first
@@ -138,6 +146,8 @@ def parser(method: str) -> Parser:
     p.add_argument("--run-dir", type=Path, metavar="DIR",
                    help="where the run is kept [runs/generators/<method>-<reward>-seed<seed>]")  # fmt: skip
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
+    if method not in STEERING:
+        add_compile_flag(p)
     if method in STEERING:
         add_dataclass(p, f"steering ({method})", STEERING[method][1])
         add_dataclass(
@@ -275,12 +285,16 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
         "threads": given["threads"],
         "preset": given["preset"],
     }
-    if pipeline is not None:
+    if pipeline is None:
+        config["precision"] = own_precision(given, device)
+    else:
         config["pipeline"] = to_dict(pipeline)
     if method in STEERING:
         # A preset's step size is that of training a network, not of moving a noise.
         own = {name: value for name, value in values.items() if name not in names(TuningConfig)}
         config["steering"] = to_dict(fill(STEERING[method][1], own, given))
+    else:
+        config["compile"] = given.get("compile", "off")
     return config
 
 
@@ -317,11 +331,12 @@ def resume_config(config: dict[str, Any], given: dict[str, Any], argv: Sequence[
     """
     if config["method"] in STEERING:
         raise UserError(f"{config['method']} trains nothing that could go on; start it anew")
-    refuse_changes(argv, [*RESUMABLE, "device", "threads", "import"])
+    refuse_changes(argv, [*RESUMABLE, "device", "threads", "compile", "import"])
     if given["device"] != "auto":
         config["device"] = given["device"]
     config["device"] = check_device(config["device"])
     config["threads"] = given["threads"] or config["threads"]
+    config["compile"] = given.get("compile", config.get("compile", "off"))
     for part, cls in (("loop", TuningSettings), ("monitor", MonitorSettings)):
         own = names(cls)
         config[part] |= {name: given[name] for name in RESUMABLE if name in given and name in own}
@@ -361,7 +376,7 @@ def pipeline_settings(given: dict[str, Any], device: str) -> PipelineSettings | 
     """
     if not is_pipeline(str(given["base"])):
         for name in names(PipelineSettings):
-            if name in given:
+            if name in given and name != "precision":
                 raise UserError(
                     f"{flag(name)} is of diffusers pipelines, and '{given['base']}' is none; leave it out"
                 )
@@ -372,6 +387,25 @@ def pipeline_settings(given: dict[str, Any], device: str) -> PipelineSettings | 
         chosen: Precision = "bf16" if device.startswith("cuda") else "fp32"
         settings = dataclasses.replace(settings, precision=chosen)
     return settings
+
+
+def own_precision(given: Mapping[str, Any], device: str) -> Literal["fp32", "bf16"]:
+    """Return what the denoiser of a generator of ours computes in.
+
+    auto is bf16 on CUDA devices that have it; what was measured on CPUs was in fp32.
+
+    Raises:
+        UserError: there is no such precision for it.
+    """
+    precision = given.get("precision", "auto")
+    if precision == "auto":
+        return resolve_precision("auto", torch.device(device)) if device != "cpu" else "fp32"
+    if precision not in ("fp32", "bf16"):
+        raise UserError(
+            f"--precision {precision} is of diffusers pipelines; a generator of pretrain_generator takes auto, fp32 or "
+            "bf16"
+        )
+    return precision
 
 
 def drawings_of(base: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
     python -m experiments.pretrain_generator --seed 0
     python -m experiments.pretrain_generator --network dit --patch 4 --path cosine --kinds single text
+    python -m experiments.pretrain_generator --preset gpu-64 --compile auto
     python -m experiments.pretrain_generator --resume runs/generators/unet-flow-seed0 --steps 8000
 
 The drawings are made once and kept ($SIGHTLINE_CACHE, else ~/.cache/sightline). Some combinations of number, color,
@@ -29,6 +30,7 @@ from agents.generative_models.pretraining import LESS_MEMORY, PretrainingConfig,
 from experiments.generators.pretraining import PretrainingSession
 from experiments.generators.runs import (
     SCHEMA,
+    add_compile_flag,
     free_run_dir,
     read_generator_config,
     refuse_changes,
@@ -48,7 +50,7 @@ RESUMABLE = (
     "checkpoint_every",
     "keep_checkpoints",
 )
-"""What --resume may change, beside device and threads."""
+"""What --resume may change, beside device, threads and compile."""
 HIDDEN = ("eval_episodes", "exact_resume")
 """Settings of loops that act."""
 
@@ -77,6 +79,31 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-4,
         "pictures": 200_000,
         "average_decay": 0.9995,
+        "bf16": True,
+    },
+    # A DiT-B/4 (Peebles & Xie 2023, arXiv:2212.09748, table 1) of 134 million parameters, 256 tokens at 64 pixels.
+    # Their section 4: AdamW at a constant 1e-4 without weight decay, batches of 256, an average of .9999; of their
+    # 400,000 steps on ImageNet an eighth, as drawings are few kinds of things, with the falling end of `decay`. The
+    # shift of times is SD3's for twice the side of 32 pixels (Esser et al. 2024, arXiv:2403.03206, equation 23).
+    "gpu-64": {
+        "network": "dit",
+        "size": 64,
+        "width": 768,
+        "depth": 12,
+        "heads": 12,
+        "patch": 4,
+        "text_features": 384,
+        "data_mean": -0.8,
+        "data_spread": 0.4,
+        "times_shift": 2.0,
+        "batch_size": 256,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.0,
+        "warmup": 1_000,
+        "decay": 0.2,
+        "average_decay": 0.9999,
+        "pictures": 200_000,
+        "steps": 50_000,
         "bf16": True,
     },
     # One core: a step takes about a fifth of a second.
@@ -131,6 +158,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, help="of everything; none draws one and says which")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads [torch's own number]")
+    add_compile_flag(p)
     p.add_argument("--run-dir", type=Path, metavar="DIR",
                    help="where the run is kept [runs/generators/<network>-<path>-seed<seed>]")  # fmt: skip
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; may raise --steps")
@@ -195,6 +223,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
         "device": device,
         "threads": given["threads"],
         "preset": given["preset"],
+        "compile": given.get("compile", "off"),
     }
 
 
@@ -205,11 +234,12 @@ def resumed_config(given: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]
         UserError: a flag is given that would make it another run.
     """
     config = read_generator_config(given["resume"], COMMAND)
-    refuse_changes(argv, [*RESUMABLE, "device", "threads"])
+    refuse_changes(argv, [*RESUMABLE, "device", "threads", "compile"])
     if given["device"] != "auto":
         config["device"] = given["device"]
     config["device"] = check_device(config["device"])
     config["threads"] = given["threads"] or config["threads"]
+    config["compile"] = given.get("compile", config.get("compile", "off"))
     config["loop"] |= {name: given[name] for name in RESUMABLE if name in given}
     return config
 

@@ -21,7 +21,12 @@ from agents.generative_models.chains import STILL, largest_excess
 from agents.generative_models.contact_sheet import contact_sheet, save_picture
 from agents.generative_models.credit import RewardFunction
 from agents.generative_models.drawings import DrawingSettings
-from agents.generative_models.generator import PART, generator_of, load_generator
+from agents.generative_models.generator import (
+    PART,
+    ImageGenerator,
+    generator_of,
+    load_generator,
+)
 from agents.generative_models.monitor import Monitor, MonitorSettings
 from agents.generative_models.pipeline_generator import (
     PipelineGenerator,
@@ -42,7 +47,7 @@ from agents.generative_models.tuning_loop import (
 )
 from experiments.generators.plots import monitor_plot
 from experiments.generators.report import FOLDER, is_current, write_report
-from experiments.generators.runs import GeneratorSession
+from experiments.generators.runs import GeneratorSession, compile_learner
 from experiments.sessions.teachers import networks_digest
 
 MOST_EXCESS = 1.5
@@ -72,6 +77,7 @@ class FineTuningSession(GeneratorSession):
         self.rewards = rewards_of(config)
         # A run has all of its base, but of a pipeline: where that is now, or what has become of it, does not matter.
         base = generator_of(self.parts[PART]) if self.parts else load_base(config)
+        set_precision(base, config)
         with named_memory_errors():
             base = base.to(device)
             base.check_prompts([*config["prompts"], *config["monitored"], *config["held_out"]])
@@ -87,6 +93,7 @@ class FineTuningSession(GeneratorSession):
             base, self.rewards["proxy"], about, device=device, seed=seeds["exploration"],
             ranks=self.ranks,
         )  # fmt: skip
+        compile_learner(tuner, config)
         config["tuning"] = to_dict(tuner.config)  # with the noise that auto is on this base
         _warn_of_grain(tuner)
         self.loop = TuningLoop(
@@ -261,10 +268,18 @@ def named_rewards(
     return named | {STRICT: rewards["strict"]} if "strict" in rewards else named
 
 
+def set_precision(base: TextToImage, config: Mapping[str, Any]) -> None:
+    """Let a generator of ours compute as a run's config says; a pipeline does from its loading on."""
+    if isinstance(base, ImageGenerator):
+        base.compute_in(config.get("precision", "fp32"))  # older runs say nothing
+
+
 def load_base(config: Mapping[str, Any]) -> TextToImage:
     """Return the generator that a run begins with, on the CPU."""
     if "pipeline" not in config:
-        return load_generator(config["base"])
+        base = load_generator(config["base"])
+        set_precision(base, config)
+        return base
     settings = from_dict(PipelineSettings, config["pipeline"])
     return load_pipeline(config["base"], settings, seed=config["seeds"]["agent"])
 

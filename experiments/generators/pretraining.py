@@ -25,7 +25,7 @@ from agents.generative_models.pretraining import (
 )
 from agents.generative_models.scenes import KINDS, scenes
 from agents.generative_models.text import Vocabulary
-from experiments.generators.runs import GeneratorSession
+from experiments.generators.runs import GeneratorSession, compile_learner
 from experiments.running.estimates import seconds_per_call
 
 SHOWN = 32
@@ -67,12 +67,14 @@ class PretrainingSession(GeneratorSession):
     def _make_learner(self, vocabulary: Vocabulary) -> Pretrainer:
         generator = ImageGenerator(from_dict(GeneratorConfig, self.config["generator"]), vocabulary)
         learning = from_dict(PretrainingConfig, self.config["learning"])
-        return Pretrainer(
+        learner = Pretrainer(
             generator.to(self.config["device"]),
             learning,
             seed=self.config["seeds"]["exploration"],
             steps=self.settings.steps,
         )
+        compile_learner(learner, self.config)
+        return learner
 
     def estimate(self) -> str:
         """Return a line on generator and pictures, and one on the time that is left."""

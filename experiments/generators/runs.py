@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from agents.core.ranks import Ranks
 from agents.core.run_loop import RunLoop
 from agents.core.seeding import seed_libraries
 from agents.core.trees import check_schema
+from agents.generative_models.pretraining import Pretrainer
+from agents.generative_models.tuner import GeneratorTuner
 from experiments.generators.listening import NoLogger, ReadCheckpoints
 from experiments.running.runs import (
     abandon_run,
@@ -94,6 +97,21 @@ class GeneratorSession(ABC):
     def close(self) -> None:
         """Close files."""
         self.logger.close()
+
+
+def add_compile_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --compile, which `compile_learner` obeys."""
+    parser.add_argument(
+        "--compile", choices=("off", "on", "auto"), default=argparse.SUPPRESS,
+        help="compile the denoiser; auto: on CUDA devices, and not where that fails [off]",
+    )  # fmt: skip
+
+
+def compile_learner(learner: Pretrainer | GeneratorTuner, config: Mapping[str, Any]) -> None:
+    """Compile a learner's denoiser as a run's config says."""
+    asked = config.get("compile", "off")  # older runs say nothing
+    if asked == "on" or (asked == "auto" and learner.device.type != "cpu"):
+        learner.compile(fall_back=asked == "auto")
 
 
 def free_run_dir(name: str, root: Path = Path("runs/generators")) -> Path:

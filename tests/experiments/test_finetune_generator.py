@@ -11,11 +11,19 @@ import torch
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
 from agents.core.step_rules import Posterior
+from agents.generative_models import forward_passes
 from agents.generative_models.generator import load_generator
 from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import Monitor
 from agents.generative_models.rewards import REWARDS
-from experiments.finetune_generator import PRESETS, default_gold, main, new_config, parser
+from experiments.finetune_generator import (
+    PRESETS,
+    default_gold,
+    main,
+    new_config,
+    own_precision,
+    parser,
+)
 from experiments.generators import finetuning, steering
 from experiments.generators.finetuning import FineTuningSession, split_held_out
 from tests.experiments.generator_base import write_base
@@ -91,6 +99,59 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(base, tmp_path):
         json.loads((run / "report" / "report.json").read_text())["rewards"] for run in (whole, half)
     ]
     assert reports[0] == reports[1]
+
+
+def test_a_compiled_run_in_bfloat16_goes_on_exactly(base, tmp_path, monkeypatch):
+    """With operations as they are: generated code is looked at in tests/agents."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    monkeypatch.setattr(forward_passes, "BACKEND", backend)
+    torch._dynamo.reset()
+    whole, half, plain = (tmp_path / name for name in ("whole", "half", "plain"))
+    common = ("--learning-rate", "0.01", "--patience", "0", "--precision", "bf16")
+    assert main(words(base, whole, "--steps", 2, "--compile", "on", *common)) == 0
+    assert main(words(base, half, "--steps", 1, "--compile", "on", *common)) == 0
+    assert main(["--resume", str(half), "--steps", "2"]) == 0
+    assert seen
+    torch._dynamo.reset()
+    seen.clear()
+    assert main(words(base, plain, "--steps", 2, "--compile", "auto", *common)) == 0
+    assert not seen, "auto compiles on CUDA devices alone"
+    first, second, third = (CheckpointStore(run).load() for run in (whole, half, plain))
+    assert first["monitor"] == second["monitor"]
+    assert first["monitor"]["history"][0]["values"]["kl"] == 0
+    for key, value in first["agent"]["networks"]["model"].items():
+        assert torch.equal(value, second["agent"]["networks"]["model"][key])
+        torch.testing.assert_close(value, third["agent"]["networks"]["model"][key])
+    assert main(["--resume", str(plain), "--steps", "3", "--compile", "on"]) == 0
+    assert seen
+    assert json.loads((plain / "config.json").read_text())["compile"] == "on"
+
+
+def test_what_our_generators_compute_in(base, tmp_path, monkeypatch):
+    assert config_of(base, tmp_path)["precision"] == "fp32"
+    assert config_of(base, tmp_path, "--precision", "bf16")["precision"] == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert own_precision({}, "cuda:1") == "bf16"
+    assert own_precision({"precision": "fp32"}, "cuda") == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert own_precision({"precision": "auto"}, "cuda") == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_s_precision_reaches_its_networks_and_those_of_a_resumed_one(
+    base, tmp_path, precision
+):
+    run = tmp_path / "run"
+    assert main(words(base, run, "--steps", 1, "--precision", precision)) == 0
+    session = FineTuningSession(run, json.loads((run / "config.json").read_text()), resume=True)
+    for model in (session.tuner.model, session.tuner.reference):
+        assert forward_passes.forward_pass(model.denoiser).bf16 == (precision == "bf16")
+    session.close()
 
 
 def test_a_report_that_is_up_to_date_is_not_drawn_again(base, tmp_path, monkeypatch, capsys):
@@ -282,6 +343,9 @@ def test_images_without_steering_come_from_the_rule_that_is_steered(
             "classifier is opt",
         ),
         (("--method", "reno", "--iterations", "-1"), "iterations is -1"),
+        (("--method", "best-of-n", "--compile", "on"), "--compile"),
+        (("--precision", "fp16"), "takes auto, fp32 or bf16"),
+        (("--compile", "yes"), "--compile"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path, capsys, more, match):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from agents.core.checkpoints import CheckpointStore
 from agents.core.settings import from_dict
+from agents.generative_models import forward_passes
 from agents.generative_models.generator import GeneratorConfig, ImageGenerator, load_generator
 from agents.generative_models.text import Vocabulary
 from experiments.pretrain_generator import PRESETS, main, new_config, parser
@@ -82,6 +83,48 @@ def test_presets_are_taken_and_give_way_to_flags(preset):
     ImageGenerator(from_dict(GeneratorConfig, own["generator"]), Vocabulary.of(["a red circle"]))
     assert config("--bf16")["learning"]["bf16"]
     assert not config("--no-bf16")["learning"]["bf16"]
+
+
+def test_a_compiled_run_goes_on_exactly_and_resuming_may_change_it(tmp_path, monkeypatch):
+    """With operations as they are: generated code is looked at in tests/agents."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    monkeypatch.setattr(forward_passes, "BACKEND", backend)
+    torch._dynamo.reset()
+    whole, parts, plain = (tmp_path / name for name in ("whole", "parts", "plain"))
+    assert command(whole, "--compile", "on", "--eval-every", "0", steps=6) == 0
+    assert command(parts, "--compile", "on", "--eval-every", "0", steps=4) == 0
+    assert main(["--resume", str(parts), "--steps", "6"]) == 0
+    assert seen
+    for name, value in load_generator(whole).state_dict().items():
+        assert torch.equal(value, load_generator(parts).state_dict()[name]), name
+
+    torch._dynamo.reset()
+    seen.clear()
+    assert command(plain, "--compile", "auto", "--eval-every", "0", steps=4) == 0
+    assert main(["--resume", str(plain), "--steps", "6", "--compile", "off"]) == 0
+    assert not seen, "auto compiles on CUDA devices alone"
+    assert json.loads((plain / "config.json").read_text())["compile"] == "off"
+    for name, value in load_generator(whole).state_dict().items():
+        torch.testing.assert_close(value, load_generator(plain).state_dict()[name])
+    assert main(["--resume", str(plain), "--steps", "8", "--compile", "on"]) == 0
+    assert seen
+
+
+def test_a_compiler_that_is_missing_stops_a_run_in_one_line(tmp_path, capsys, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("No working C++ compiler found\nand a long story")
+
+    monkeypatch.setattr(forward_passes, "BACKEND", backend)
+    torch._dynamo.reset()
+    assert command(tmp_path / "run", "--compile", "on") == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: ImageUNet cannot be compiled here (RuntimeError: No working C++")
+    assert "--compile off" in told
 
 
 def test_other_networks_paths_and_drawings(tmp_path):
