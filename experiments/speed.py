@@ -2,6 +2,7 @@
 
     python -m experiments.speed
     python -m experiments.speed rendering replay --seconds 10 --out speed.md
+    python -m experiments.speed generators --device cuda
     python -m experiments.speed acting --peer-python lerobot/bin/python
 
 Markdown, in one run of about seven minutes on two idle cores. What a row compares takes turns, one at a time, and the
@@ -81,6 +82,7 @@ def _measures(
         compiled,
         environments,
         generators,
+        large_generators,
         on_policy,
         training,
     )
@@ -100,7 +102,10 @@ def _measures(
         "sb3": [("Stable-Baselines3", agents.peer)],
         "on-policy": [("on-policy training", on_policy.on_policy)],
         "acting": [("acting", partial(acting.acting, device=device, peer_python=peer_python))],
-        "generators": [("generators", partial(generators.generators, device=device))],
+        "generators": [
+            ("generators", partial(generators.generators, device=device)),
+            ("large generators", partial(large_generators.large_generators, device=device)),
+        ],
     }
     return [measure for part in PARTS if part in parts for measure in measures[part]]
 

@@ -292,8 +292,54 @@ def _log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return normal.log_prob(x).flatten(1).mean(1)
 
 
-def write_pipeline(folder: Path) -> None:
-    """Write a small Stable Diffusion of random weights, which reads letters."""
+@dataclass(frozen=True)
+class PipelineSizes:
+    """What is large or small in a Stable Diffusion; its text encoder has two layers, and is asked once a prompt.
+
+    Attributes:
+        latents: side of an image in latents.
+        unet: channels by resolution; all but the last have cross-attention.
+        layers: residual blocks of a resolution, in the VAE too.
+        groups: of the normalizations.
+        heads: of attention at each resolution.
+        text: width of a word's features.
+        text_heads: of the text encoder.
+        vae: channels by resolution; each halves the image but the last.
+        dtype: that weights are written in.
+    """
+
+    latents: int
+    unet: tuple[int, ...]
+    layers: int
+    groups: int
+    heads: int
+    text: int
+    text_heads: int
+    vae: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def unet_settings(self) -> dict[str, Any]:
+        """Return what diffusers' UNet2DConditionModel is built with."""
+        below = len(self.unet) - 1
+        return {
+            "sample_size": self.latents,
+            "block_out_channels": self.unet,
+            "layers_per_block": self.layers,
+            "norm_num_groups": self.groups,
+            "down_block_types": ("CrossAttnDownBlock2D",) * below + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * below,
+            "cross_attention_dim": self.text,
+            "attention_head_dim": self.heads,
+        }
+
+
+SMALL_PIPELINE = PipelineSizes(
+    latents=8, unet=(32, 64), layers=1, groups=8, heads=4, text=64, text_heads=4, vae=(16, 16)
+)
+
+
+def write_pipeline(folder: Path, sizes: PipelineSizes = SMALL_PIPELINE) -> None:
+    """Write a Stable Diffusion of random weights, which reads letters."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -305,32 +351,29 @@ def write_pipeline(folder: Path) -> None:
     signs = [chr(code) for code in range(33, 127)]
     pieces = ["<|startoftext|>", "<|endoftext|>", *signs, *(f"{sign}</w>" for sign in signs)]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    levels = len(sizes.vae)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipeline: Any = StableDiffusionPipeline(
             vae=AutoencoderKL(
-                block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8,
-                layers_per_block=1, sample_size=16,
+                block_out_channels=sizes.vae, down_block_types=("DownEncoderBlock2D",) * levels,
+                up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=4,
+                norm_num_groups=sizes.groups, layers_per_block=sizes.layers,
+                sample_size=sizes.latents * 2 ** (levels - 1),
             ),
             text_encoder=CLIPTextModel(
                 CLIPTextConfig(
-                    vocab_size=len(pieces), hidden_size=64, intermediate_size=256,
-                    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77,
-                    bos_token_id=0, eos_token_id=1, pad_token_id=1,
+                    vocab_size=len(pieces), hidden_size=sizes.text, intermediate_size=4 * sizes.text,
+                    num_hidden_layers=2, num_attention_heads=sizes.text_heads,
+                    max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
                 )
             ),
             tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
-            unet=UNet2DConditionModel(
-                sample_size=8, block_out_channels=(32, 64), layers_per_block=1,
-                norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=64,
-                attention_head_dim=4,
-            ),
+            unet=UNet2DConditionModel(**sizes.unet_settings()),
             scheduler=DDIMScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                 steps_offset=1, clip_sample=False,
             ),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
-    pipeline.save_pretrained(folder)
+    pipeline.to(sizes.dtype).save_pretrained(folder)
