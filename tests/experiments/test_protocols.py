@@ -1,7 +1,8 @@
-"""The command of docs/protocols.md is DMC-GB's protocol, and runs from training to the report."""
+"""The commands of docs/protocols.md: DMC-GB's protocol from training to the report, and generators on a GPU."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from agents.generative_models.rewards import make_reward
 from envs import PROTOCOLS
-from experiments import benchmark, report
+from experiments import benchmark, finetune_generator, pretrain_generator, report, speed
+from experiments.measuring import large_generators
 from experiments.reporting.published import compare
 from experiments.reporting.runs import find_runs, read_run
 from experiments.reporting.scores import summarize
@@ -26,12 +29,12 @@ TINY = {
 ADDED = ["--random-steps", "2", "--replay-capacity", "300", "--eval-every", "0", "--device", "cpu"]
 
 
-def commands() -> list[list[str]]:
-    """Return the page's commands, as words without `python -m MODULE`."""
-    block = PAGE.read_text().split("```\n")[1].replace("\\\n", " ")
-    lines = [shlex.split(line) for line in block.strip().splitlines()]
+def commands(block: int = 0, modules: tuple[str, ...] = ("benchmark", "report")) -> list[list[str]]:
+    """Return the commands of one of the page's blocks, as words without `python -m MODULE`."""
+    text = PAGE.read_text().split("```\n")[2 * block + 1].replace("\\\n", " ")
+    lines = [shlex.split(line) for line in text.strip().splitlines()]
     assert [line[:3] for line in lines] == [
-        ["python", "-m", f"experiments.{name}"] for name in ("benchmark", "report")
+        ["python", "-m", f"experiments.{name}"] for name in modules
     ]
     return [line[3:] for line in lines]
 
@@ -112,3 +115,61 @@ def test_the_pages_commands_run_from_training_to_the_report(
     }  # fmt: skip
     assert {c.budget for c in ours} == {"4"}
     assert "other protocol, renderer or budget" in (tmp_path / "kept/report/report.md").read_text()
+
+
+# ------------------------------------------------------------------------- generators on a GPU
+
+GENERATORS = ("pretrain_generator", *["finetune_generator"] * 3, "speed")
+SMALL_NETWORK = [
+    "--width", "48", "--depth", "1", "--text-features", "24", "--text-blocks", "0", "--pictures", "20",
+    "--batch-size", "2", "--eval-prompts", "2", "--eval-steps", "2", "--steps", "1", "--threads", "1",
+]  # fmt: skip
+SMALL_ITERATION = [
+    "--denoising-steps", "2", "--prompts", "2", "--batch-size", "2", "--steps", "1",
+    "--eval-prompts", "2", "--eval-images", "2", "--eval-steps", "2", "--kl-images", "2", "--report-prompts", "2",
+    "--prompt-count", "4", "--threads", "1",
+]  # fmt: skip
+
+
+def test_the_pages_generators_are_fine_tuned_with_three_methods_and_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line is taken, and those that belong together name the same run."""
+    pretrain, *tune, measure = commands(1, GENERATORS)
+    base = pretrain[pretrain.index("--run-dir") + 1]
+    words = cut(pretrain, {"--device": ["cpu"]})
+    config = pretrain_generator.new_config(vars(pretrain_generator.parser().parse_args(words)))
+    assert (config["preset"], config["compile"], config["learning"]["bf16"]) == ("gpu-64", "auto", True)  # fmt: skip
+    folder = tmp_path / base
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    for line, method in zip(tune, large_generators.SHOWN, strict=True):
+        assert line[line.index("--base") + 1] == base
+        given = finetune_generator.parser(method).parse_args(cut(line, {"--device": ["cpu"]}))
+        run = finetune_generator.new_config(method, vars(given))
+        assert (run["method"], run["preset"], run["compile"]) == (method, "gpu-64", "auto")
+        assert {"prompts": 48, "batch_size": 64, "learning_rate": 1e-5}.items() <= run["tuning"].items()  # fmt: skip
+        assert run["tuning"]["group"] == (1 if method == "alignprop" else 24)
+        reward = make_reward(run["reward"])
+        assert reward.differentiable or method != "alignprop"
+    given = speed.parser().parse_args(measure)
+    assert (given.parts, given.device) == (["generators"], "cuda")
+
+
+def test_the_pages_generator_commands_run_in_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 64 pixels with a network of 12 heads, up to the estimate and beyond; --compile auto is eager on a CPU."""
+    monkeypatch.setenv("SIGHTLINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    pretrain, grpo, *_ = commands(1, GENERATORS)
+    assert (
+        pretrain_generator.main(
+            [*cut(pretrain, {"--device": ["cpu"]}), *SMALL_NETWORK, "--no-bf16"]
+        )
+        == 0
+    )
+    words = [*cut(grpo, {"--device": ["cpu"]}), *SMALL_ITERATION, "--group", "2"]
+    assert finetune_generator.main([*words, "--gold", "brightness"]) == 0
+    assert (tmp_path / "runs/generators/flow-grpo-shapes-seed0/report/report.md").is_file()
