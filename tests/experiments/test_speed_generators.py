@@ -77,7 +77,7 @@ def test_few_values_are_all_the_interval():
 
 TINY_CASE = large_generators.Case(
     generator=GeneratorConfig(
-        network="dit", size=8, width=16, depth=1, heads=2, patch=4, text_features=16, text_blocks=0
+        network="dit", size=16, width=16, depth=1, heads=2, patch=4, text_features=16, text_blocks=0
     ),
     pictures=2,
     pipeline=generators.SMALL_PIPELINE,
