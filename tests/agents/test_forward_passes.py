@@ -236,7 +236,7 @@ def test_in_bfloat16_a_ratio_is_exactly_one_and_all_around_the_network_is_float3
             x, drawn = batch.samples[index], batch.samples[index + 1]
             with torch.no_grad():
                 step = sampler.step(tuner.guided(tuner.model), x, index, batch.condition)
-            each = Normal(step.mean.double(), float(step.std.flatten()[0]))
+            each = Normal(step.mean.double(), step.std)
             expected = each.log_prob(drawn.double()).flatten(1).mean(1)
             torch.testing.assert_close(batch.log_prob[index].double(), expected, rtol=1e-5, atol=1e-5)  # fmt: skip
     metrics = tuner.update(PROMPTS)

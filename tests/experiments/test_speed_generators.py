@@ -87,7 +87,7 @@ TINY_CASE = large_generators.Case(
 )
 
 
-@pytest.mark.parametrize("part", ["dit", "lora"])
+@pytest.mark.parametrize("part", ["dit", pytest.param("lora", marks=pytest.mark.slow)])
 def test_large_generators_are_measured_eager_and_compiled(part, monkeypatch):
     """In small, on a CPU: whole tables, and the columns are what they say."""
     monkeypatch.setattr(forward_passes, "BACKEND", "eager")
