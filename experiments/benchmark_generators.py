@@ -33,7 +33,14 @@ from agents.generative_models.rewards import make_reward
 from agents.generative_models.tuning_config import TuningConfig
 from agents.generative_models.tuning_loop import TuningSettings
 from experiments import finetune_generator
-from experiments.finetune_generator import DEFAULT_REWARD, OF_IMAGES, default_gold, flag, names
+from experiments.generators.finetuning_configs import (
+    DEFAULT_REWARD,
+    OF_IMAGES,
+    default_gold,
+    flag,
+    names,
+    new_config,
+)
 from experiments.generators.grid_archive import archive_run
 from experiments.generators.grid_checks import check_comparable, check_same, needs_gradient, try_out
 from experiments.generators.grid_page import collect
@@ -195,7 +202,7 @@ def config_of(words: Sequence[str]) -> dict[str, Any]:
     """Return config.json's content of a run with these flags."""
     method = words[words.index("--method") + 1]
     given = vars(finetune_generator.parser(method).parse_args(words))
-    config: dict[str, Any] = finetune_generator.new_config(method, given)
+    config: dict[str, Any] = new_config(method, given)
     return config
 
 

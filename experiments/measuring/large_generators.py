@@ -28,7 +28,7 @@ from agents.generative_models.pretraining import PictureBatch, Pretrainer, Pretr
 from agents.generative_models.rewards import make_reward
 from agents.generative_models.text_to_image import TextToImage
 from agents.generative_models.tuners import make_tuner
-from experiments.finetune_generator import PRESETS as FINE_TUNING
+from experiments.generators.finetuning_configs import PRESETS as FINE_TUNING
 from experiments.generators.pretraining import vocabulary_of
 from experiments.measuring.generators import PipelineSizes, write_pipeline
 from experiments.measuring.timing import Cell, Table

@@ -16,16 +16,15 @@ from agents.generative_models.generator import load_generator
 from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import Monitor
 from agents.generative_models.rewards import REWARDS
-from experiments.finetune_generator import (
-    PRESETS,
-    default_gold,
-    main,
-    new_config,
-    own_precision,
-    parser,
-)
+from experiments.finetune_generator import main, parser
 from experiments.generators import finetuning, steering
 from experiments.generators.finetuning import FineTuningSession, split_held_out
+from experiments.generators.finetuning_configs import (
+    PRESETS,
+    default_gold,
+    new_config,
+    own_precision,
+)
 from tests.experiments.generator_base import write_base
 
 

@@ -13,6 +13,7 @@ import pytest
 from agents.generative_models.rewards import make_reward
 from envs import PROTOCOLS
 from experiments import benchmark, finetune_generator, pretrain_generator, report, speed
+from experiments.generators import finetuning_configs
 from experiments.measuring import large_generators
 from experiments.reporting.published import compare
 from experiments.reporting.runs import find_runs, read_run
@@ -147,7 +148,7 @@ def test_the_pages_generators_are_fine_tuned_with_three_methods_and_measured(
     for line, method in zip(tune, large_generators.SHOWN, strict=True):
         assert line[line.index("--base") + 1] == base
         given = finetune_generator.parser(method).parse_args(cut(line, {"--device": ["cpu"]}))
-        run = finetune_generator.new_config(method, vars(given))
+        run = finetuning_configs.new_config(method, vars(given))
         assert (run["method"], run["preset"], run["compile"]) == (method, "gpu-64", "auto")
         assert {"batch_size": 64, "learning_rate": 1e-5}.items() <= run["tuning"].items()
         images = run["tuning"]["prompts"], run["tuning"]["group"]
