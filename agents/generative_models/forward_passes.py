@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from agents.core.errors import UserError
 
@@ -87,7 +88,11 @@ class ForwardPass:
         # Other strides would be another program.
         tensors = [each.contiguous() if isinstance(each, Tensor) else each for each in (x, *inputs)]
         try:
-            with torch.enable_grad():  # see the module
+            # The backward pass is compiled here as well, so that where it fails nothing has been drawn yet.
+            with (
+                torch.enable_grad(),
+                functorch.patch(force_non_lazy_backward_lowering=True),
+            ):  # see the module
                 said = self._program(self.network, *tensors, **keywords)
         except RuntimeError as error:
             if not _is_of_compiler(error):

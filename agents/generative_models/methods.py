@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
     ),
     "mix-grpo": Method(
         "noise in a moving window of steps (MixGRPO)",
-        {"window": 4, "spread": "group", "clip": 0.036, "kl": 0.0},
+        {"window": 4, "window_every": 25, "spread": "group", "clip": 0.036, "kl": 0.0},
     ),
     "raft": Method(
         "imitation of the best image of each group (RAFT)",

@@ -180,6 +180,10 @@ class PolicyTuner(GeneratorTuner):
         """
         config = self.config
         x, drawn = batch.samples[index], batch.samples[index + 1]
+        reference = None
+        if config.kl:  # first: compiled, it keeps activations for a moment (see `forward_passes`)
+            with torch.no_grad():
+                reference = sampler.step(self.guided(self.reference), x, index, batch.condition)
         step = sampler.step(self.guided(self.model), x, index, batch.condition)
         log_ratio = reduce_log_prob(step.log_prob(drawn), config.log_prob) - batch.log_prob[index]
         if config.ratio_norm:
@@ -190,9 +194,7 @@ class PolicyTuner(GeneratorTuner):
         loss = self._surrogate(log_ratio, advantage, divergence)
         metrics = ratio_metrics(log_ratio[kept], clip=self.bounds.high)
         metrics["loss/policy"] = loss[kept].mean().detach()
-        if config.kl:
-            with torch.no_grad():
-                reference = sampler.step(self.guided(self.reference), x, index, batch.condition)
+        if reference is not None:
             kl = reduce_log_prob(step.kl(reference.mean), "mean")
             loss = loss + config.kl * kl
             metrics["loss/kl"] = kl[kept].mean().detach()

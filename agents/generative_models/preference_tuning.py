@@ -173,9 +173,11 @@ class NoisedPairTuner(PairTuner):
             t.repeat(2),
             noise.repeat(2, 1, 1, 1),
         )
-        error = self.dimension * self.model.errors(*inputs)
-        with torch.no_grad():
+        with (
+            torch.no_grad()
+        ):  # first: compiled, it keeps activations for a moment (see `forward_passes`)
             reference_error = self.dimension * self.reference.errors(*inputs)
+        error = self.dimension * self.model.errors(*inputs)
         return denoising_log_ratio(error, reference_error).view(2, -1)
 
 
@@ -216,8 +218,8 @@ class StepPairTuner(PairTuner):
             drawn.samples[index + 1, places.flatten()],
         )
         condition = drawn.condition[places.flatten()]
-        step = sampler.step(self.guided(self.model), x, index, condition)
-        with torch.no_grad():
+        with torch.no_grad():  # first, too
             reference = sampler.step(self.guided(self.reference), x, index, condition)
             old = reduce_log_prob(reference.log_prob(result), self.config.log_prob)
+        step = sampler.step(self.guided(self.model), x, index, condition)
         return (reduce_log_prob(step.log_prob(result), self.config.log_prob) - old).view(2, -1)

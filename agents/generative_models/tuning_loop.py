@@ -45,8 +45,8 @@ class TuningSettings(LoopSettings):
     checkpoint_every: int = 10
     """Iterations between checkpoints (one is always saved at the end)."""
     max_evaluations: int = 0
-    """Samples through a denoiser that training may spend: the run ends before an iteration that would go over them, but
-    not before its first; 0 for no end. Methods compare at equal ones."""
+    """Samples through a denoiser that training may spend: the run ends where another iteration as dear as the dearest
+    so far would go over them, so that its first is never refused; 0 for no end. Methods compare at equal ones."""
     max_rewards: int = 0
     """Images that training's reward may see; the run ends in the same way."""
 
@@ -128,6 +128,7 @@ class TuningLoop(RunLoop):
         self.prompts, self.monitor = prompts, monitor
         self.stopped: str | None = None
         self._images = 0
+        self._dearest = (0, 0)  # what an iteration has cost at most, as `_spent`
         self.remedy = "lower --learning-rate"
         if "kl" in tuner.config.fields_read():
             self.remedy += ", or raise --kl"
@@ -148,15 +149,21 @@ class TuningLoop(RunLoop):
         return self.stopped or self._why_spent()
 
     def _why_spent(self) -> str | None:
-        """Return which budget has no room for another iteration, which costs what the others did on average."""
-        done = self.state.progress.agent_steps
-        for flag, spent, most in (
-            ("--max-evaluations", self.agent.evaluations, self.settings.max_evaluations),
-            ("--max-rewards", self.agent.scored, self.settings.max_rewards),
+        """Return which budget has no room for another iteration as dear as the dearest so far."""
+        for flag, spent, dearest, most in zip(
+            ("--max-evaluations", "--max-rewards"),
+            self._spent(),
+            self._dearest,
+            (self.settings.max_evaluations, self.settings.max_rewards),
+            strict=True,
         ):
-            if most and spent * (done + 1) > most * done:
+            if most and spent + dearest > most:
                 return f"{spent:,} are spent of {flag} {most}"
         return None
+
+    def _spent(self) -> tuple[int, int]:
+        """Return the denoiser evaluations and the rewards of training."""
+        return self.agent.evaluations, self.agent.scored
 
     def start(self) -> None:
         """Measure the base."""
@@ -170,6 +177,7 @@ class TuningLoop(RunLoop):
         parts = {
             "prompts": self.prompts.get_state(),
             "monitor": {"history": self.monitor.get_state()},
+            "budget": {"dearest": list(self._dearest)},
             PART: tree,
         }
         if self.agent.ranks.size > 1:
@@ -195,9 +203,12 @@ class TuningLoop(RunLoop):
         self.prompts.set_state(parts["prompts"])
         self.monitor.set_state(parts["monitor"]["history"])
         self.stopped = self.monitor.why_stop()
+        # Older checkpoints do not know: nothing is forecast from before them.
+        evaluations, rewards = parts.get("budget", {}).get("dearest", (0, 0))
+        self._dearest = evaluations, rewards
 
     def _step(self) -> None:
-        agent, progress, scored = self.agent, self.state.progress, self.agent.scored
+        agent, progress, spent = self.agent, self.state.progress, self._spent()
         ranks, updates = agent.ranks, agent.gradient_updates
         before = (self.prompts.get_state(), agent.generator.get_state(), agent.extra_state())
         try:
@@ -212,10 +223,12 @@ class TuningLoop(RunLoop):
                 agent.load_extra_state(before[2])
                 raise UserError(f"{error} (the run is saved as it was before)") from error
             raise
-        self._images += self.agent.scored - scored
+        evaluations, rewards = (now - then for now, then in zip(self._spent(), spent, strict=True))
+        self._dearest = max(self._dearest[0], evaluations), max(self._dearest[1], rewards)
+        self._images += rewards
         progress.agent_steps += 1
-        if spent := self._why_spent():
-            self.hooks.line(f"the budget ends the run: {spent}; --resume with more goes on")
+        if why := self._why_spent():
+            self.hooks.line(f"the budget ends the run: {why}; --resume with more goes on")
         progress.gradient_updates = self.agent.gradient_updates
 
     def _evaluate(self) -> None:

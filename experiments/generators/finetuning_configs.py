@@ -1,4 +1,4 @@
-"""What a run of fine-tuning is to be: presets, prompts, rewards and settings, from flags; refused where they are wrong."""
+"""What a run of fine-tuning is to be: presets, prompts, rewards, settings, from flags; refused where they are bad."""
 
 from __future__ import annotations
 
@@ -141,8 +141,9 @@ def new_config(method: str, given: dict[str, Any]) -> dict[str, Any]:
 def preset_values(preset: str, method: str) -> dict[str, Any]:
     """Return the values of a preset that a method takes.
 
-    A preset fits a machine and leaves what makes the method itself (`METHODS`), such as MixGRPO's moving window; only
-    debug replaces that, too, but for a group of one image, which compares nothing.
+    A preset fits a machine and leaves what a method says of itself (`METHODS`), such as MixGRPO's moving window; what
+    it leaves to the defaults is the preset's. Only debug replaces all, but for a group of one image, which compares
+    nothing.
     """
     own = METHODS[method].settings if method in METHODS else {}
     kept = own if preset != "debug" else {n: v for n, v in own.items() if (n, v) == ("group", 1)}

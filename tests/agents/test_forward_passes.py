@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch.distributions import Normal
 
@@ -155,17 +157,22 @@ def failing(graph, inputs):
     raise RuntimeError("No working C++ compiler found\nand a long story")
 
 
-def test_a_compiler_that_fails_is_told_in_one_line():
+failing_backward = aot_autograd(fw_compiler=nop, bw_compiler=failing)
+
+
+@pytest.mark.parametrize("backend", [failing, failing_backward])
+def test_a_compiler_that_fails_is_told_in_one_line(backend):
     tuner = tuner_of("flow-grpo")
-    tuner.compile(backend=failing)
+    tuner.compile(backend=backend)
     with pytest.raises(UserError, match=r"No working C\+\+ compiler found.*--compile off") as told:
         tuner.update(PROMPTS)
     assert "story" not in str(told.value)
 
 
-def test_who_falls_back_warns_and_goes_on_as_if_nothing_had_been_tried():
+@pytest.mark.parametrize("backend", [failing, failing_backward])
+def test_who_falls_back_warns_and_goes_on_as_if_nothing_had_been_tried(backend):
     eager, tuner = tuner_of("flow-grpo"), tuner_of("flow-grpo")
-    tuner.compile(backend=failing, fall_back=True)
+    tuner.compile(backend=backend, fall_back=True)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         said = tuner.update(PROMPTS)

@@ -341,6 +341,31 @@ def test_a_budget_ends_the_run_before_it_is_overspent_and_more_goes_on(tmp_path,
         assert torch.equal(more.agent.model.state_dict()[key], value), key
 
 
+def test_an_iteration_is_forecast_to_cost_as_much_as_the_dearest_and_a_resumed_run_knows(tmp_path):
+    """Where groups say nothing their passes are skipped: an iteration after a cheap one may be dear."""
+
+    def uneven(budget, steps, *, resume):
+        loop, _ = loop_of(tmp_path / "run", steps=steps, budget=budget, resume=resume)
+        update = loop.agent.update
+
+        def dearer(batch):
+            metrics = update(batch)
+            loop.agent.evaluations += (0, 100, 0, 0, 0)[loop.agent.iterations - 1]
+            return metrics
+
+        loop.agent.update = dearer
+        loop.run()
+        loop.logger.close()
+        return loop.agent
+
+    room = 4 * PER_ITERATION + 2 * 100  # for another one like the second
+    assert uneven((room - 1, 0), 5, resume=False).iterations == 3
+    assert uneven((room - 1, 0), 5, resume=True).iterations == 3
+    agent = uneven((room, 0), 5, resume=True)
+    assert agent.iterations == 4
+    assert agent.evaluations == 4 * PER_ITERATION + 100
+
+
 @pytest.mark.parametrize(("name", "value"), [("most_kl", 1e-9), ("least_recall", 1.1)])
 def test_a_run_that_a_bound_has_stopped_goes_on_with_another(tmp_path, name, value):
     bounded = dataclasses.replace(NEVER_STOPS, **{name: value})

@@ -10,12 +10,15 @@ import torch
 
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
+from agents.core.settings import from_dict
 from agents.core.step_rules import Posterior
 from agents.generative_models import forward_passes
+from agents.generative_models.chains import window_starts
 from agents.generative_models.generator import load_generator
 from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import Monitor
 from agents.generative_models.rewards import REWARDS
+from agents.generative_models.tuning_config import TuningConfig
 from experiments.finetune_generator import main, parser
 from experiments.generators import finetuning, steering
 from experiments.generators.finetuning import FineTuningSession, split_held_out
@@ -247,6 +250,9 @@ def test_presets_leave_what_makes_a_method_itself_and_debug_takes_all_but_single
         if preset != "debug":
             assert {name: tuning[name] for name in own} == own
         assert tuning["group"] == own.get("group", tuning["group"])
+        if method == "mix-grpo" and preset != "debug":
+            assert window_starts(from_dict(TuningConfig, tuning)) > 1
+            assert tuning["window_every"] == 25
     assert tuning["prompts"] == PRESETS["debug"]["prompts"]
 
 
