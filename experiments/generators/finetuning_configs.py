@@ -36,8 +36,8 @@ OF_IMAGES = ("guidance", "batch_size")
 PRESETS: dict[str, dict[str, Any]] = {
     # Settings of the method, more images.
     "gpu": {"prompts": 48, "group": 24, "batch_size": 128, "eval_prompts": 64, "learning_rate": 3e-5},
-    # For a base of pretrain_generator's gpu-64: Flow-GRPO's groups, passes that leave room on 24 GB beside 134 million
-    # parameters, and the step size with which DanceGRPO's recipes move a whole network (arXiv:2505.07818).
+    # For a base of pretrain_generator's gpu-64: Flow-GRPO's groups, passes meant for 24 GB (not tried) beside 134
+    # million parameters, and the step size with which DanceGRPO's recipes move a whole network (arXiv:2505.07818).
     "gpu-64": {"prompts": 48, "group": 24, "batch_size": 64, "eval_prompts": 64, "learning_rate": 1e-5},
     # One core: an iteration takes some seconds.
     "cpu": {"steps": 60},
