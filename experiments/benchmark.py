@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -44,7 +43,13 @@ from experiments.benchmark_archive import (
 from experiments.compare import difference
 from experiments.demo import steps_left
 from experiments.evaluate import DISTRACTIONS
-from experiments.running.arguments import Parser, make_folder, run_command, terminate_as_interrupt
+from experiments.running.arguments import (
+    Parser,
+    make_folder,
+    run_command,
+    split_variant,
+    terminate_as_interrupt,
+)
 from experiments.running.configs import with_new_fields
 from experiments.running.imports import add_import_flag
 from experiments.running.jobs import STOPPED, run_jobs, run_logged
@@ -144,7 +149,7 @@ def grid(arguments: argparse.Namespace, base: Job | None = None) -> list[Job]:
         name: (name, ()) for name in arguments.agents
     }
     for label, words in arguments.variant:
-        agent, *own = shlex.split(words) or [""]
+        agent, own = split_variant(label, words)
         if check_label(label) in methods:
             raise UserError(f"two methods are called '{label}'; give the variant another name")
         methods[label] = (agent, tuple(own))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -115,6 +116,25 @@ def make_folder(folder: Path, flag: str) -> None:
         ) from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"{flag} {folder}: cannot write into this folder; give another one")
+
+
+def split_variant(label: str, words: str) -> tuple[str, list[str]]:
+    """Return the method and the flags of a --variant.
+
+    Raises:
+        UserError: a quote in it is left open.
+
+    Example:
+        >>> split_variant("wide", "ppo --clip 0.4")
+        ('ppo', ['--clip', '0.4'])
+    """
+    try:
+        method, *own = shlex.split(words) or [""]
+    except ValueError as error:
+        raise UserError(
+            f"--variant {label}: cannot split '{words}' into flags ({error}); close its quotes"
+        ) from error
+    return method, own
 
 
 def _flag(hint: Any) -> dict[str, Any]:

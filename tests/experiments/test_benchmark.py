@@ -148,6 +148,7 @@ def run_again(words: list[str], folder: Path, flags: list[str]) -> None:
         (["--agents", "ppo", "--variant", "ppo", "ppo --clip 0.4"], "two methods are called 'ppo'"),
         (["--variant", "a/b", "ppo"], "cannot be called 'a/b'"),
         (["--variant", "wide", "pppo --clip 0.4"], "did you mean ppo"),
+        (["--variant", "wide", "ppo --clip '0.4"], "close its quotes"),
     ],
 )
 def test_bad_variants_are_said_in_one_line(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from experiments.reporting.statistics import (
+    crossed_bootstrap,
     interquartile_mean,
     mean,
     median,
@@ -202,6 +203,58 @@ def test_episodes_widen_the_interval_of_seeds_and_decide_alone_about_one() -> No
     assert half == pytest.approx(1.96 * spread, rel=0.04)
     outer = stratified_bootstrap([seeds.mean(0)])
     assert half > 1.2 * (outer.high - outer.low) / 2
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [{"a": 0.0, "b": 1.0, "c": 5.0}, {"a": 2.0, "b": 4.0, "c": 11.0}],
+        [{"a": 0.0, "b": 1.0}, {"b": 4.0, "c": 11.0}],
+        [{"a": 0.0, "b": 1.0}, {"c": 11.0}],
+        [{"a": 0.0, "b": 1.0, "c": 5.0}],
+    ],
+    ids=["the same items", "some in both", "none in both", "one run"],
+)
+def test_interval_of_runs_and_the_items_that_they_share_equals_all_resamples_enumerated(
+    runs: list[dict[str, float]],
+) -> None:
+    """Every draw of runs with every draw of items, the same for all runs that are drawn."""
+    items = sorted({item for run in runs for item in run})
+    values = []
+    for some in itertools.product(runs, repeat=len(runs)):
+        for asked in itertools.product(items, repeat=len(items)):
+            known = [[run[item] for item in asked if item in run] for run in some]
+            means = [np.mean(each) for each in known if each]
+            values += [np.mean(means)] if means else []
+    found = crossed_bootstrap(runs, confidence=0.77, repetitions=60_000)
+    assert found.point == pytest.approx(np.mean([np.mean(list(run.values())) for run in runs]))
+    expected = np.quantile(values, [0.115, 0.885], method="inverted_cdf")
+    assert (found.low, found.high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("seeds", "of_seeds", "shared"), [(3, 0.0, 32), (8, 0.2, 24)])
+def test_intervals_of_shared_prompts_hold_what_they_promise(
+    seeds: int, of_seeds: float, shared: int
+) -> None:
+    """Gains of 32 prompts a seed are of prompts (spread 1), of seeds, and of both (.3).
+
+    Over 300 experiments 93 and 92 % of the intervals have the truth, of nested ones 71 and 72 %. Where three seeds
+    differ by .5, it is 87 and 76 %: of so few seeds no bootstrap knows how they differ.
+    """
+    random, count, own = np.random.default_rng(0), 200, 32 - shared
+    hits = np.zeros(2)
+    for _ in range(count):
+        easy, runs = random.normal(size=shared + own * seeds), []
+        for seed in range(seeds):
+            asked = [*range(shared), *range(shared + own * seed, shared + own * (seed + 1))]
+            gains = easy[asked] + of_seeds * random.normal() + 0.3 * random.normal(size=32)
+            runs.append(dict(zip(asked, gains, strict=True)))
+        crossed = crossed_bootstrap(runs, repetitions=400)
+        nested = nested_bootstrap([list(run.values()) for run in runs], repetitions=400)
+        hits += [each.low <= 0 <= each.high for each in (crossed, nested)]
+    share = hits / count
+    assert 0.9 <= share[0] <= 0.98
+    assert share[1] <= 0.8
 
 
 def test_agents_with_other_numbers_of_tasks_are_not_compared() -> None:
