@@ -1,4 +1,4 @@
-"""Fine-tune an image generator by every method, with the same budget and over seeds, and collect what each gained.
+"""Fine-tune an image generator by every method, within the same budget and over seeds, and collect what each gained.
 
     python -m experiments.benchmark_generators --base RUN --preset demo --max-evaluations 200000 --max-rewards 20000
     python -m experiments.benchmark_generators --base RUN --methods flow-grpo ddpo best-of-n --seeds 1 2 3 --jobs 2 \
@@ -9,17 +9,19 @@
 Every run is a process of experiments.finetune_generator; flags after `--` go to all of them, those of training not to
 fk-steering, reno and best-of-n, which train nothing. The same command started again goes on: finished runs are kept,
 interrupted ones resumed. All settings are checked before the first run starts. Prompts (trained on, monitored and
-reported) and the noise of evaluations are the same for all methods of a seed.
+reported) are the same for all methods of a seed, and what is trained is evaluated from the same noise. Where a budget
+is given, the monitor evaluates after every eighth of the iterations that it has room for at most, unless --eval-every
+says otherwise.
 
 `--out` gets results.csv (a line per run), results.md (a row per method: gains over the base with intervals, diversity,
-KL, and what each spent) and gains.png. `--archive DIR` keeps what these need of finished runs, without weights: the
-grid goes on from there when the runs themselves are gone.
+KL, and what each spent) and gains.png; --collect, with the flags of the grid, writes them of what is there. `--archive
+DIR` keeps what these need of finished runs, without weights: the grid goes on from there when the runs themselves are
+gone.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -42,12 +44,24 @@ from experiments.generators.finetuning_configs import (
     new_config,
 )
 from experiments.generators.grid_archive import archive_run
-from experiments.generators.grid_checks import check_comparable, check_same, needs_gradient, try_out
+from experiments.generators.grid_checks import (
+    check_comparable,
+    check_same,
+    find_base,
+    needs_gradient,
+    try_out,
+)
 from experiments.generators.grid_page import collect
 from experiments.generators.grid_results import Grid, Job, check_results
 from experiments.generators.report import read_report
 from experiments.generators.steering import STEERING
-from experiments.running.arguments import Parser, make_folder, run_command, terminate_as_interrupt
+from experiments.running.arguments import (
+    Parser,
+    make_folder,
+    run_command,
+    split_variant,
+    terminate_as_interrupt,
+)
 from experiments.running.imports import add_import_flag
 from experiments.running.jobs import STOPPED, run_jobs, run_logged
 from experiments.running.runs import abandon_run, check_label, lock_run
@@ -57,6 +71,10 @@ OF_GRID = (
     "--max-rewards",
 )  # fmt: skip
 """Flags that are the grid's own and not a run's."""
+OF_VARIANTS = ("--reward", "--gold")
+"""Those that a variant may have, but not all runs."""
+EVALUATIONS = 8
+"""Of a run within a budget, beside the base's, where the budget's bound on images ends it."""
 
 
 def parser() -> Parser:
@@ -87,7 +105,7 @@ def parser() -> Parser:
     p.add_argument(
         "--archive", type=Path, metavar="DIR", help="keep what results need of finished runs"
     )
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
+    p.add_argument("--jobs", type=int, help="runs at a time [1]")
     p.add_argument("--threads", type=int, help="CPU threads of each run [torch's own]")
     p.add_argument("--collect", action="store_true", help="only collect what is there")
     p.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags for finetune_generator")
@@ -99,16 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
     terminate_as_interrupt()  # runs save and leave
-    if arguments.jobs < 1 or (arguments.threads is not None and arguments.threads < 1):
+    if any(each is not None and each < 1 for each in (arguments.jobs, arguments.threads)):
         raise UserError("--jobs and --threads must be at least 1")
     import_modules(arguments.imports)
     methods, left_out = choose_methods(arguments)
     jobs = grid(arguments, methods)
     check_results(arguments.out, jobs)
-    if not arguments.collect:
-        base = try_out(jobs)
-        for job in jobs:
-            check_same(job, base)
+    base = find_base(jobs) if arguments.collect else try_out(jobs)
+    for job in jobs:
+        check_same(job, base)
     make_folder(arguments.out, "--out")
     if arguments.archive:
         make_folder(arguments.archive, "--archive")
@@ -121,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         base=str(arguments.base),
         budget={"evaluations": arguments.max_evaluations, "rewards": arguments.max_rewards},
         left_out=left_out,
+        # Who only collects need not know how runs were made.
+        jobs=arguments.jobs if arguments.collect else arguments.jobs or 1,
     )
     collect(jobs, arguments.out, about)
     print(f"wrote {arguments.out / 'results.md'}")
@@ -142,7 +161,8 @@ def choose_methods(
     if chosen is None:
         known = [*METHODS, *STEERING]
         climbs = getattr(make_reward(arguments.reward), "differentiable", True)
-        left_out = [] if climbs else [name for name in known if needs_gradient(name)]
+        climbers = [name for name in known if needs_gradient(name, objective_of(name))]
+        left_out = [] if climbs else climbers
         chosen = [name for name in known if name not in left_out]
         if left_out:
             print(f"left out, for {arguments.reward} has no gradient: {', '.join(left_out)}")
@@ -152,7 +172,7 @@ def choose_methods(
             raise UserError(f"--{name} names one of {values} twice; once is enough")
     methods: dict[str, tuple[str, list[str]]] = {name: (name, []) for name in chosen}
     for label, words in arguments.variant:
-        method, *own = shlex.split(words) or [""]
+        method, own = split_variant(label, words)
         if check_label(label) in methods:
             raise UserError(f"two methods are called '{label}'; give the variant another name")
         methods[label] = (method, own)
@@ -164,6 +184,11 @@ def choose_methods(
     return methods, left_out
 
 
+def objective_of(method: str) -> str:
+    """Return a method's own objective; steering's says nothing."""
+    return METHODS[method].config().objective if method in METHODS else TuningConfig().objective
+
+
 def grid(
     arguments: argparse.Namespace, methods: Mapping[str, tuple[str, Sequence[str]]]
 ) -> list[Job]:
@@ -173,11 +198,10 @@ def grid(
         UserError: a flag is wrong for one of them, or methods of a seed would not compare.
     """
     jobs: list[Job] = []
+    refuse_flags(arguments, arguments.flags, OF_VARIANTS)
     for seed, (label, (method, own)) in product(arguments.seeds, methods.items()):
         common = for_steering(arguments.flags) if method in STEERING else arguments.flags
-        for word in (*common, *own):
-            if word.split("=")[0] in OF_GRID:
-                raise UserError(f"{word.split('=')[0]} is the grid's; give it before `--`")
+        refuse_flags(arguments, own)
         words = ["--base", str(arguments.base), "--method", method, "--seed", str(seed)]
         words += ["--reward", arguments.reward, "--preset", arguments.preset]
         words += ["--gold", arguments.gold] if arguments.gold else []
@@ -198,6 +222,27 @@ def grid(
     return jobs
 
 
+def refuse_flags(
+    arguments: argparse.Namespace, words: Sequence[str], more: Sequence[str] = ()
+) -> None:
+    """Refuse flags of runs that are the grid's.
+
+    Args:
+        arguments: of the grid; a budget says how many iterations a run has.
+        words: flags of runs.
+        more: flags to refuse beside `OF_GRID`.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    has_budget = arguments.max_evaluations or arguments.max_rewards
+    for name in (word.split("=")[0] for word in words):
+        if name in (*OF_GRID, *more):
+            raise UserError(f"{name} is the grid's; give it before `--`")
+        if name == "--steps" and has_budget:
+            raise UserError("--steps would end runs before the budget does; leave out one of them")
+
+
 def config_of(words: Sequence[str]) -> dict[str, Any]:
     """Return config.json's content of a run with these flags."""
     method = words[words.index("--method") + 1]
@@ -210,7 +255,7 @@ def for_steering(flags: Sequence[str]) -> list[str]:
     """Return flags without those of training, with their values."""
     own = [*names(TuningConfig), *names(TuningSettings)]
     training = {flag(name) for name in own if name not in OF_IMAGES}
-    training |= {f"--no-{name[2:]}" for name in training}
+    training |= {f"--no-{name[2:]}" for name in training} | {"--compile"}
     kept, keeps = [], True
     for word in flags:
         if word.startswith("--"):
@@ -239,7 +284,11 @@ def budget(arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:
             f"an iteration draws {images} images, which is over --max-{name} {least}; give more, or fewer --prompts"
         )
     limit_flags = [word for name, most in given.items() for word in (f"--max-{name}", str(most))]
-    return [*limit_flags, "--steps", str(least // images)]
+    steps = least // images
+    limit_flags += ["--steps", str(steps)]
+    if all(word.split("=")[0] != "--eval-every" for word in words):
+        limit_flags += ["--eval-every", str(max(1, steps // EVALUATIONS))]
+    return limit_flags
 
 
 # ----------------------------------------------------------------------------------- run them
@@ -255,7 +304,7 @@ def run_grid(jobs: Sequence[Job], arguments: argparse.Namespace) -> list[Job]:
     def run(job: Job) -> int:
         return run_job(job, threads, imports, with_sheets=job.seed == first)
 
-    return run_jobs(jobs, run, arguments.jobs)
+    return run_jobs(jobs, run, arguments.jobs or 1)
 
 
 def run_job(

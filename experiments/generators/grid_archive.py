@@ -10,7 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from experiments.generators.report import FOLDER
+from agents.core.errors import UserError
+from experiments.generators.report import FOLDER, LAYOUT
+from experiments.generators.runs import SCHEMA
 from experiments.running.runs import write_json
 
 JSONS = ("config.json", "system.json", f"{FOLDER}/report.json")
@@ -66,6 +68,41 @@ def archive_run(run: Path, archive: Path, *, with_sheets: bool) -> int:
     size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
     unfinished.rename(archive)
     return size
+
+
+def read_archive(archive: Path) -> dict[str, dict[str, Any]]:
+    """Return the content of each of an archive's `JSONS`.
+
+    Raises:
+        UserError: one of them is not there, damaged, or of another version.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in JSONS:
+        try:
+            content = json.loads((archive / name).read_text())
+        except (OSError, ValueError) as error:
+            raise _unusable(archive, f"{name} is missing or damaged") from error
+        if not isinstance(content, dict):
+            raise _unusable(archive, f"{name} is damaged")
+        found[name] = content
+    config, _, report = found.values()
+    if config.get("schema") != SCHEMA or report.get("layout") != LAYOUT:
+        raise _unusable(archive, "it is of another version")
+    try:
+        rows = [row for part in (report, report["last"] or report) for row in part["rewards"]]
+        counts = {len(row["by_prompt"][side]) for row in rows for side in ("before", "after")}
+        is_whole = counts == {len(config["held_out"])}
+    except (KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise _unusable(archive, "its report has not a value of each of its prompts")
+    return found
+
+
+def _unusable(archive: Path, why: str) -> UserError:
+    return UserError(
+        f"cannot take the archived run '{archive}' ({why}); restore it, or remove it to run it again"
+    )
 
 
 def in_few_colors(picture: Image.Image) -> Image.Image:

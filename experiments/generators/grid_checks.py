@@ -14,7 +14,6 @@ from agents.core.noise_paths import RectifiedFlow
 from agents.core.settings import from_dict, to_dict
 from agents.generative_models.credit import checked_reward
 from agents.generative_models.generator import load_generator
-from agents.generative_models.methods import METHODS
 from agents.generative_models.monitor import MonitorSettings
 from agents.generative_models.pipeline_generator import PipelineSettings
 from agents.generative_models.text_to_image import TextToImage
@@ -22,7 +21,7 @@ from agents.generative_models.tuning_config import TuningConfig
 from agents.generative_models.tuning_loop import TuningSettings
 from experiments.compare import difference
 from experiments.generators.finetuning import base_digest, rewards_of
-from experiments.generators.grid_archive import without_folders
+from experiments.generators.grid_archive import read_archive, without_folders
 from experiments.generators.grid_results import Job
 from experiments.generators.runs import read_generator_config
 from experiments.generators.steering import STEERING
@@ -31,9 +30,11 @@ SAME_OF_A_SEED = ("drawings", "prompts", "monitored", "held_out")
 """Parts of a config that all methods of a seed have in common."""
 COMPARED = (
     "method", "reward", "gold", "drawings", "tuning", "monitor", "loop", "steering", "pipeline", "prompts",
-    "monitored", "held_out", "imports", "seed", "seeds",
+    "monitored", "held_out", "imports", "seed", "seeds", "precision",
 )  # fmt: skip
 """Parts of a config that make a run what it is: not the device, nor the preset's name, whose values stand in others."""
+OF_PICTURES = ("precision", "image_size", "text_length")
+"""Settings of a pipeline that all methods of a seed have in common: they change the base's images."""
 OBJECTIVES_OF_GRADIENTS = ("truncated_chain", "one_step")
 
 
@@ -50,11 +51,16 @@ class Base:
     is_flow: bool | None = None
 
 
-def needs_gradient(method: str) -> bool:
-    """Whether a method climbs the gradient of its reward."""
+def needs_gradient(method: str, objective: str) -> bool:
+    """Whether a run climbs the gradient of its reward.
+
+    Args:
+        method: of steering, or of training, which has an objective.
+        objective: of `TuningConfig`.
+    """
     if method in STEERING:
         return method == "reno"
-    return METHODS[method].config().objective in OBJECTIVES_OF_GRADIENTS
+    return objective in OBJECTIVES_OF_GRADIENTS
 
 
 def check_comparable(job: Job, first: Job) -> None:
@@ -67,6 +73,7 @@ def check_comparable(job: Job, first: Job) -> None:
         {name: each.config[name] for name in SAME_OF_A_SEED}
         | {name: each.config["monitor"][name] for name in ("eval_images", "eval_steps")}
         | {"seed of evaluations": each.config["seeds"]["evaluation"]}
+        | _of_pictures(each.config)
         for each in (job, first)
     )
     for name, value in ours.items():
@@ -74,6 +81,29 @@ def check_comparable(job: Job, first: Job) -> None:
             raise UserError(
                 f"{job.label} would not compare with {first.label}: '{name}' differs; give both the same flags"
             )
+
+
+def _of_pictures(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the denoiser computes in, and what else changes a pipeline's images."""
+    if "pipeline" in config:
+        return {name: config["pipeline"][name] for name in OF_PICTURES}
+    return {"precision": config.get("precision", "fp32")}
+
+
+def find_base(jobs: Sequence[Job]) -> Base:
+    """Load the base for what runs that are there are held against.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    config = jobs[0].config
+    return _described(None if "pipeline" in config else load_generator(config["base"]))
+
+
+def _described(model: TextToImage | None) -> Base:
+    if model is None:
+        return Base()
+    return Base(base_digest(model), isinstance(model.path, RectifiedFlow))
 
 
 def try_out(jobs: Sequence[Job]) -> Base:
@@ -98,14 +128,12 @@ def try_out(jobs: Sequence[Job]) -> Base:
         key = job.config["reward"], job.config["gold"]
         if key not in tried:
             tried[key] = try_rewards(job.config, model)
-        if needs_gradient(job.method) and not tried[key]:
+        if needs_gradient(job.method, job.config["tuning"]["objective"]) and not tried[key]:
             raise UserError(
                 f"{job.label}: reward '{job.config['reward']}' has no gradient, which {job.method} climbs; leave it "
                 f'out, or give --variant NAME "{job.method} --reward ..."'
             )
-    if model is None:
-        return Base()
-    return Base(base_digest(model), isinstance(model.path, RectifiedFlow))
+    return _described(model)
 
 
 def try_rewards(config: Mapping[str, Any], model: TextToImage | None) -> bool:
@@ -122,14 +150,21 @@ def check_same(job: Job, base: Base) -> None:
     """Refuse to take a run that is there for another one than is asked for.
 
     Raises:
-        UserError: it was made with other settings, or of another base.
+        UserError: it was made with other settings, or of another base; or its archive cannot be read.
     """
-    if not (job.results / "config.json").is_file():
+    if job.is_archived:
+        read_archive(job.results)
+    elif not (job.results / "config.json").is_file():
         return
     found = read_generator_config(job.results, job.config["command"])
     wanted = json.loads(json.dumps(job.config))
     defaults = {"tuning": TuningConfig(), "monitor": MonitorSettings(), "loop": TuningSettings()}
-    defaults |= {"pipeline": PipelineSettings()} if "pipeline" in wanted else {}
+    if "pipeline" in wanted:
+        defaults["pipeline"] = PipelineSettings()
+    else:
+        found.setdefault("precision", "fp32")  # as runs computed that do not say it
+    if "steering" in wanted:
+        defaults["steering"] = STEERING[job.method][1]
     for part, values in defaults.items():  # what later versions have added
         found[part] = to_dict(values) | found.get(part, {})
     tuning = wanted["tuning"]

@@ -1,16 +1,16 @@
 """What a grid of fine-tuning methods came to: its runs, their gains over the base with intervals, and what they cost.
 
-A gain is of the same
-prompts, after less before; its interval is a percentile bootstrap of seeds and, within each, of prompts. With fewer
-than about five seeds that is too narrow. A method **does not clear the base** where the lower limit of its gain is not
-above 0: of the strict score of drawings, or, where prompts ask for other things, of the gold reward.
+A gain is of the same prompts, after less before; its interval is a percentile bootstrap of seeds and of prompts, which
+seeds have in common. With fewer than about five seeds that is too narrow. A method **does not clear the base** where
+the lower limit of its gain is not above 0: of the strict score of drawings, or, where prompts ask for other things, of
+the gold reward; never of what it optimizes itself.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from agents.core.errors import UserError
+from agents.generative_models.rewards import parse_reward
 from experiments.generators.finetuning import STRICT
+from experiments.generators.grid_archive import read_archive, without_folders
 from experiments.generators.report import FOLDER, read_report
 from experiments.generators.steering import STEERING
-from experiments.reporting.statistics import Interval, nested_bootstrap
+from experiments.reporting.statistics import Interval, crossed_bootstrap
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ class Job:
     def report(self) -> dict[str, Any] | None:
         """The content of its report.json; None where it has not finished."""
         if self.is_archived:
-            found: dict[str, Any] = json.loads((self.results / FOLDER / "report.json").read_text())
-            return found
+            return read_archive(self.results)[f"{FOLDER}/report.json"]
         return read_report(self.folder)
 
 
@@ -87,6 +88,22 @@ class Result:
                 return np.array(means["before"]), np.array(means["after"])
         return None
 
+    def of_prompts(self, reward: str) -> tuple[dict[Hashable, float], dict[Hashable, float]] | None:
+        """Return the same by the prompts' texts: what the base has, and the gain over it."""
+        means = self.by_prompt(reward)
+        if means is None:
+            return None
+        before, after = means
+        prompts = self.job.config["held_out"]
+        base = dict(zip(prompts, before.tolist(), strict=True))
+        return base, dict(zip(prompts, (after - before).tolist(), strict=True))
+
+    @property
+    def system(self) -> dict[str, Any]:
+        """What it ran on."""
+        content: dict[str, Any] = json.loads((self.job.results / "system.json").read_text())
+        return content
+
     def spent(self, name: str) -> float:
         """Return what it spent; of steering, for each image."""
         total = float(self.report["spent"][name])
@@ -106,15 +123,17 @@ class Grid:
     """evaluations and rewards that a training may spend; 0 for no end."""
     left_out: Sequence[str] = ()
     """Methods that cannot climb the reward."""
+    jobs: int | None = None
+    """Runs at a time; None where nobody knows."""
 
     @property
     def measures(self) -> list[str]:
-        """Rewards of the tables' columns; the first that a run has is what it is judged by."""
+        """Rewards of the tables' columns."""
         return list(dict.fromkeys((STRICT, self.reward, self.gold)))
 
     @property
     def judges(self) -> tuple[str, str]:
-        """Rewards by which a method is judged: the first of them that was measured."""
+        """Rewards by which a method is judged: the first of them that was measured, and that it does not optimize."""
         return STRICT, self.gold
 
 
@@ -138,14 +157,14 @@ def check_results(out: Path, jobs: Sequence[Job]) -> None:
 
 
 def _plain(name: str) -> str:
-    """Return a reward's name without what a report says of it."""
-    return name.removesuffix(" (optimized)").removesuffix(" (not optimized)")
+    """Return a reward's name without what a report says of it, and, as archives have it, without folders."""
+    bare: str = without_folders(name.removesuffix(" (optimized)").removesuffix(" (not optimized)"))
+    return bare
 
 
 def csv_line(result: Result, grid: Grid) -> dict[str, Any]:
     """Return a run's line of results.csv."""
     job, report = result.job, result.report
-    system = json.loads((job.results / "system.json").read_text())
     line: dict[str, Any] = {
         "method": job.label, "of": job.method, "seed": job.seed, "optimized": job.config["reward"],
     }  # fmt: skip
@@ -168,9 +187,10 @@ def csv_line(result: Result, grid: Grid) -> dict[str, Any]:
         "evaluations": report["spent"]["evaluations"],
         "rewards": report["spent"]["rewards"],
         "minutes": round(report["spent"]["wall_seconds"] / 60, 2),
+        "candidates": "" if job.steers else len(report["history"]),
         "images": report["prompts"] * report["images_per_prompt"] if job.steers else "",
         "ended_by": report["made_of"].get("over") or "",
-        "commit": system["commit"],
+        "commit": result.system["commit"],
         "run": job.folder.name,
     }
 
@@ -189,15 +209,42 @@ def groups(found: Iterable[Result]) -> dict[str, list[Result]]:
 
 def gain(results: Sequence[Result], reward: str) -> Interval | None:
     """Return the mean gain of a method's runs with its interval; None where one of them did not measure it."""
-    means = [result.by_prompt(reward) for result in results]
-    runs = [each[1] - each[0] for each in means if each is not None]
-    return nested_bootstrap(runs) if len(runs) == len(results) else None
+    means = [result.of_prompts(reward) for result in results]
+    runs = [each[1] for each in means if each is not None]
+    return crossed_bootstrap(runs) if len(runs) == len(results) else None
 
 
-def judge(results: Sequence[Result], grid: Grid) -> Interval | None:
-    """Return the gain that a method is judged by."""
-    found = (gain(results, reward) for reward in grid.judges)
-    return next((each for each in found if each is not None), None)
+@dataclass(frozen=True)
+class Judged:
+    """What a method is judged by."""
+
+    reward: str
+    gain: Interval
+    gold_fell: bool
+    """Whether the upper limit of the gain of its own gold reward is below 0, as where it has hacked its reward."""
+
+    @property
+    def clears(self) -> bool:
+        """Whether it is better than the base."""
+        return bool(self.gain.low > 0)
+
+
+def judge(results: Sequence[Result], grid: Grid) -> Judged | None:
+    """Return what a method is judged by: never a part of what it optimizes itself."""
+    config = results[0].job.config
+    gold = gain(results, config["gold"])
+    gold_fell = gold is not None and bool(gold.high < 0)
+    for reward in dict.fromkeys((*grid.judges, config["gold"])):
+        if not is_optimized(reward, config["reward"]) and (found := gain(results, reward)):
+            return Judged(reward, found, gold_fell)
+    return None
+
+
+def is_optimized(reward: str, optimized: str) -> bool:
+    """Whether a part of a reward is one of what is optimized."""
+    return any(
+        term.is_same(other) for term in parse_reward(reward) for other in parse_reward(optimized)
+    )
 
 
 def base_results(found: Sequence[Result]) -> list[Result]:

@@ -92,16 +92,20 @@ def monitor_plot(
     _save(figure, file)
 
 
-def gains_plot(file: Path, gains: Mapping[str, Interval], *, of_what: str) -> None:
+def gains_plot(
+    file: Path, gains: Mapping[str, Interval], steered: Mapping[str, Interval], *, of_what: str
+) -> None:
     """Draw each method's gain over the base with its interval, one below the other.
 
     Args:
         file: PNG.
-        gains: by method, in order from above.
+        gains: by method that was trained, in order from above.
+        steered: by method that steers, below a line, for it spends otherwise.
         of_what: the reward.
     """
-    figure, axis = plt.subplots(figsize=(6.5, 1 + 0.28 * len(gains)), layout="constrained")
-    for place, value in enumerate(gains.values()):
+    rows = [*gains.items(), *((f"{name}, steered", value) for name, value in steered.items())]
+    figure, axis = plt.subplots(figsize=(6.5, 1 + 0.28 * len(rows)), layout="constrained")
+    for place, (_, value) in enumerate(rows):
         clears = value.low > 0
         point = float(value.point)
         reach = [[point - float(value.low)], [float(value.high) - point]]
@@ -110,7 +114,9 @@ def gains_plot(file: Path, gains: Mapping[str, Interval], *, of_what: str) -> No
             color="black" if clears else "tab:red",
         )  # fmt: skip
     axis.axvline(0, color="gray", linestyle="--", linewidth=1)
-    axis.set_yticks(range(len(gains)), list(gains))
+    if gains and steered:
+        axis.axhline(len(gains) - 0.5, color="gray", linestyle=":", linewidth=1)
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.invert_yaxis()
     axis.set_xlabel(f"gain of {of_what} over the base (95 % interval; x: does not clear it)")
     _save(figure, file)

@@ -22,8 +22,6 @@ from experiments.benchmark_generators import (
 from experiments.generators import runs
 from experiments.generators.grid_archive import in_few_colors, without_folders
 from experiments.generators.grid_checks import check_same, try_out
-from experiments.generators.grid_page import collect, markdown
-from experiments.generators.grid_results import Grid, Job, Result, gain
 from experiments.generators.steering import STEERING
 from experiments.running.jobs import STOPPED
 from experiments.running.runs import write_json
@@ -117,11 +115,17 @@ def test_a_grid_is_run_within_its_budget_archived_and_not_run_again(
 
     shutil.rmtree(tmp_path / "runs")
     assert main(given) == 0
+    assert main([*given[: given.index("--")], "--collect", *given[given.index("--") :]]) == 0
     assert len(commands) == 3, "the archive is enough"
     assert {row["method"]: row for row in rows(tmp_path / "out" / "results.csv")} == found
     other = write_base(tmp_path / "other", seed=1)
     assert main([str(other) if word == str(base) else word for word in given]) == 2
     assert "weights of the base" in capsys.readouterr().err
+    for more in ([], ["--collect"]):
+        changed = [*given[: given.index("--")], *more, "--", "--learning-rate", "0.02"]
+        assert main(changed) == 2, "collecting, too, takes no run for another one"
+        assert "made with other settings than these" in capsys.readouterr().err
+    assert len(commands) == 3
 
 
 @pytest.mark.slow
@@ -140,158 +144,6 @@ def report_of(folder, name):
     return json.loads((folder / "kept" / f"{name}-seed1" / "report" / "report.json").read_text())
 
 
-# ------------------------------------------------------------------------------------- the tables
-
-
-def finished(folder, label, seed, gains, *, last=None, method="flow-grpo", wall=60.0, before=0.25):
-    """Write what a finished run leaves, and return it; `gains` are those of prompts, by reward."""
-    run = folder / f"{label}-seed{seed}"
-
-    def told(each, step):
-        return {
-            "rewards": [
-                {
-                    "name": name,
-                    "by_prompt": {
-                        "before": [before] * len(values),
-                        "after": (before + np.array(values)).tolist(),
-                    },
-                }
-                for name, values in each.items()
-            ],
-            "diversity": {"distance": [0.3, 0.2 + step / 100], "recall": [0.9, 0.8]},
-            "step": None if method in STEERING else step,
-            "kl": None if method in STEERING else float(step),
-        }
-
-    content = told(gains, 2) | {
-        "layout": 2, "prompts": len(next(iter(gains.values()))), "images_per_prompt": 4, "made_of": {"over": None},
-        "spent": {"evaluations": 160, "rewards": 80, "wall_seconds": wall},
-        "last": None if last is None else told(last, 5),
-    }  # fmt: skip
-    write_json(run / "report" / "report.json", content)
-    write_json(run / "system.json", {"commit": f"commit{seed}"})
-    for name in ("report.md", "before.png", "after.png"):
-        (run / "report" / name).touch()
-    own = {} if method in STEERING else METHODS[method].settings
-    config = {"reward": "shapes", "tuning": dict(own)}
-    return Job(label, method, seed, run, None, (), config)
-
-
-ABOUT = Grid("shapes", "classifier", "base", {"evaluations": 200, "rewards": 0})
-
-
-def told_gains(random, mean, prompts=6):
-    names = ("shapes (optimized)", "classifier (not optimized)", "drawings_strict")
-    return {name: (mean + 0.2 * random.standard_normal(prompts)).tolist() for name in names}
-
-
-def test_gains_are_of_seeds_and_prompts_in_them(tmp_path):
-    """Against a loop that draws seeds, and of every one of them its prompts."""
-    random = np.random.default_rng(0)
-    jobs = [
-        finished(tmp_path, "a", seed, told_gains(random, 0.1 * seed, 4 + seed))
-        for seed in (1, 2, 3)
-    ]
-    found = [Result(job, job.report) for job in jobs]
-    value = gain(found, "drawings_strict")
-    gains = [np.subtract(*result.by_prompt("drawings_strict")[::-1]) for result in found]
-    means = []
-    for _ in range(4000):
-        chosen = random.integers(3, size=3)
-        means.append(np.mean([random.choice(gains[k], len(gains[k])).mean() for k in chosen]))
-    assert value.point == pytest.approx(np.mean([each.mean() for each in gains]))
-    assert [value.low, value.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
-    page = markdown(found, jobs, ABOUT)
-    assert f"{value.point:.3f} [{value.low:.3f}, {value.high:.3f}]" in page
-
-
-def cells(page, method, table=0):
-    """Return a method's row in one of a page's tables, by its heading."""
-    lines = [line for line in page.splitlines() if line.startswith("| ")]
-    heads = [place for place, line in enumerate(lines) if line.startswith("| method")]
-    part = lines[heads[table] : heads[table + 1] if table + 1 < len(heads) else None]
-    split = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in part]
-    return next(dict(zip(split[0], row, strict=True)) for row in split if row[0] == method)
-
-
-@pytest.mark.parametrize(("sign", "said"), [(1, "better than the base"), (-1, "does not clear")])
-def test_a_row_that_does_not_clear_the_base_says_so(tmp_path, sign, said):
-    gains = {"drawings_strict": [0.1 * sign, 0.2 * sign], "shapes (optimized)": [0.5, 0.5]}
-    jobs = [finished(tmp_path, "a", seed, gains) for seed in (1, 2)]
-    collect(jobs, tmp_path, ABOUT)
-    assert said in cells((tmp_path / "results.md").read_text(), "a")["verdict"]
-
-
-def test_a_gain_of_the_reward_alone_is_none(tmp_path):
-    """The optimized reward has risen, what was not optimized has not; nobody asked for drawings."""
-    gains = {"shapes (optimized)": [0.5, 0.5], "classifier (not optimized)": [-0.1, 0.1]}
-    job = finished(tmp_path, "a", 1, gains)
-    page = markdown([Result(job, job.report)], [job], ABOUT)
-    assert "does not clear" in cells(page, "a")["verdict"]
-
-
-def test_the_last_checkpoint_has_a_table_of_its_own(tmp_path):
-    """A run that hacked its reward shows both: what it had, and what it came to."""
-    good, bad = {"drawings_strict": [0.2, 0.2]}, {"drawings_strict": [-0.2, -0.2]}
-    jobs = [finished(tmp_path, "hacks", 1, good, last=bad), finished(tmp_path, "stays", 1, good)]
-    found = [Result(job, job.report) for job in jobs]
-    page = markdown(found, jobs, ABOUT)
-    best, last = (cells(page, "hacks", table) for table in (0, 1))
-    assert (best["drawings_strict: gain"], last["drawings_strict: gain"]) == (
-        "0.200 [0.200, 0.200]", "-0.200 [-0.200, -0.200]",
-    )  # fmt: skip
-    assert (best["KL"], last["KL"]) == ("2", "5")
-    assert (best["distance"], last["distance"]) == ("0.22", "0.25")
-    assert "does not clear" in last["verdict"]
-    assert cells(page, "stays", 0) == cells(page, "stays", 1)
-
-
-def test_costs_are_of_a_training_or_of_a_steered_image(tmp_path):
-    gains = {"drawings_strict": [0.1, 0.2]}
-    jobs = [
-        finished(tmp_path, "a", 1, gains, wall=60), finished(tmp_path, "a", 2, gains, wall=180),
-        finished(tmp_path, "best-of-n", 1, gains, method="best-of-n", wall=16),
-        finished(tmp_path, "b", 1, gains),
-    ]  # fmt: skip
-    found = [Result(job, job.report) for job in jobs]
-    page = markdown(found, jobs, ABOUT)
-    trained, steered = cells(page, "a"), cells(page, "best-of-n (of seed 1 alone)", 2)
-    assert [trained[name] for name in ("evaluations", "rewards", "minutes")] == ["160", "80", "2"]
-    images = 2 * 4
-    assert [steered[f"{name} per image"] for name in ("evaluations", "rewards", "seconds")] == [
-        str(160 // images), str(80 // images), str(16 // images),
-    ]  # fmt: skip
-    assert "b (of seed 1 alone)" in page
-    assert cells(page, "the base's values")["drawings_strict: gain"] == "0.250 [0.250, 0.250]"
-
-
-def test_a_page_says_what_a_reader_must_know(tmp_path):
-    gains = {"drawings_strict": [0.1, 0.2]}
-    jobs = [
-        finished(tmp_path, "guard", 1, gains, method="grpo-guard"),
-        finished(tmp_path, "fk-steering", 1, gains, method="fk-steering", before=0.3),
-    ]
-    jobs[0].config["tuning"]["step_weight"] = "noise"
-    config = {"reward": "shapes", "tuning": METHODS["ddpo"].settings}
-    missing = Job("late", "ddpo", 1, tmp_path / "late", None, (), config)
-    found = [Result(job, job.report) for job in jobs]
-    about = Grid(
-        "shapes", "classifier", "/home/a/base", {"evaluations": 100, "rewards": 0}, ["refl"]
-    )
-    page = markdown(found, [*jobs, missing], about)
-    for said in (
-        "guard has not all settings of its own: step_weight noise instead of gain.",
-        "Over the budget, by their first iteration: guard (seed 1).",
-        "Left out, for shapes has no gradient: refl.",
-        "Not finished: late (seed 1).",
-        "not as its row has it: fk-steering.",
-        "Base: base.",
-    ):
-        assert said in page, said
-    assert "has not all settings" not in markdown(found[1:], [missing], about)
-
-
 # -------------------------------------------------------------------------------- what is refused
 
 
@@ -306,6 +158,13 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
         (("--variant", "raft", "ddpo"), "two methods are called 'raft'"),
         (("--variant", "wide", "ddpo --spread group"), "wide: --spread says nothing to ddpo"),
         (("--variant", "wide", "ddpo --seed 3"), "--seed is the grid's"),
+        (("--variant", "wide", "ddpo --clip '1"), "close its quotes"),
+        (("--variant", "up", "ddpo --objective one_step --reward shapes"), "up: reward 'shapes' has no gradient"),
+        (("--variant", "half", "raft --precision bf16"), "half would not compare with raft: 'precision' differs"),
+        (("--max-rewards", "60", "--variant", "short", "raft --steps 1"), "short: --steps would end runs before"),
+        (("--max-rewards", "60", "--", "--steps=7"), "--steps would end runs before the budget"),
+        (("--", "--reward", "shapes"), "--reward is the grid's"),
+        (("--", "--gold=shapes"), "--gold is the grid's"),
         (("--variant", "few", "raft --report-prompts 1"), "would not compare with raft: 'held_out' differs"),
         (("--max-rewards", "5"), "raft: an iteration draws 6 images, which is over --max-rewards 5"),
         (("--gold", "symmetry"), "symmetry is optimized"),
@@ -342,12 +201,12 @@ def test_runs_of_other_settings_and_results_of_other_grids_are_refused(base, tmp
     check_same(job, known)
     begun = json.loads(json.dumps(job.config))  # a run that has begun says which noise auto is
     begun["tuning"] |= {"noise": "flow_sde", "noise_level": 0.7}
-    del begun["monitor"]["tolerance"]  # of a version that did not have it
+    del begun["monitor"]["tolerance"], begun["precision"]  # of a version that did not have them
     write_json(job.folder / "config.json", begun | {"device": "cuda", "threads": 4})
     check_same(job, known)
     changes = (
         ("--", "--clip", "0.5"), ("--", "--noise", "posterior"), ("--", "--noise-level", "0.5"), ("--", "--steps", "7"),
-        ("--max-rewards", "60"),
+        ("--max-rewards", "60"), ("--", "--precision", "bf16"),
     )  # fmt: skip
     for more in changes:
         (other,) = jobs_of(base, tmp_path, *more, methods="flow-grpo")
@@ -366,6 +225,8 @@ def test_flags_of_training_are_not_steering_s(base, tmp_path):
         "--learning-rate",
         "0.01",
         "--no-checkpoint-activations",
+        "--compile",
+        "on",
         "--guidance",
         "2",
         "--eval-steps",
@@ -375,6 +236,7 @@ def test_flags_of_training_are_not_steering_s(base, tmp_path):
     climbs, search = (job.config for job in jobs)
     assert climbs["tuning"]["learning_rate"] == 0.01
     assert not climbs["tuning"]["checkpoint_activations"]
+    assert climbs["compile"] == "on"
     assert search["steering"]["learning_rate"] == 5.0
     assert search["tuning"]["guidance"] == climbs["tuning"]["guidance"] == 2
     assert search["monitor"]["eval_steps"] == 3
@@ -413,6 +275,48 @@ def test_a_run_that_was_stopped_goes_on(base, tmp_path, commands, monkeypatch):
     assert job.report["spent"]["rewards"] == 3 * IMAGES
     assert run_job(job, ["--threads", "1"], []) == 0
     assert len(commands) == 2
+
+
+def test_an_archive_that_cannot_be_read_is_said_before_anything_runs(
+    base, tmp_path, commands, capsys
+):
+    """Empty, damaged, of an older version, of other prompts; steering of a version with fewer settings is taken."""
+    given = words(base, tmp_path, "--archive", tmp_path / "kept", methods="raft best-of-n")
+    jobs = jobs_of(base, tmp_path, "--archive", tmp_path / "kept", methods="best-of-n")
+    assert main(given) == 0
+    steered = tmp_path / "kept" / "best-of-n-seed1"
+    config = json.loads((steered / "config.json").read_text())
+    write_json(steered / "config.json", config | {"steering": {}})
+    check_same(jobs[0], try_out(jobs))
+    shutil.rmtree(tmp_path / "runs")
+    capsys.readouterr()
+    broken, count = steered / "report" / "report.json", len(commands)
+    whole = json.loads(broken.read_text())
+    fewer = json.loads(json.dumps(whole))
+    fewer["rewards"][0]["by_prompt"]["after"].pop()
+    for text, match in (
+        (json.dumps(whole)[:100], "report.json is missing or damaged"),
+        (json.dumps(whole | {"layout": 1}), "of another version"),
+        (json.dumps({"layout": 2}), "not a value of each of its prompts"),
+        (json.dumps(fewer), "not a value of each of its prompts"),
+    ):
+        broken.write_text(text)
+        assert main(given) == 2
+        said = capsys.readouterr().err
+        assert match in said
+        assert said.count("\n") == 1
+    shutil.rmtree(steered)
+    steered.mkdir()
+    assert main([*given, "--collect"]) == 2
+    assert "config.json is missing" in capsys.readouterr().err
+    assert len(commands) == count
+
+
+@pytest.mark.parametrize(("more", "every"), [((), 12), (("--", "--eval-every", "5"), 5)])
+def test_a_budget_says_how_often_the_monitor_evaluates(base, tmp_path, more, every):
+    """An eighth of the iterations that 100 times the images of one allow."""
+    jobs = jobs_of(base, tmp_path, "--max-rewards", 100 * IMAGES, *more, methods="raft best-of-n")
+    assert jobs[0].config["loop"]["eval_every"] == every
 
 
 def test_steering_that_was_killed_starts_anew(base, tmp_path, commands):
