@@ -201,12 +201,12 @@ def grid(
     refuse_flags(arguments, arguments.flags, OF_VARIANTS)
     for seed, (label, (method, own)) in product(arguments.seeds, methods.items()):
         common = for_steering(arguments.flags) if method in STEERING else arguments.flags
-        refuse_flags(arguments, own)
         words = ["--base", str(arguments.base), "--method", method, "--seed", str(seed)]
         words += ["--reward", arguments.reward, "--preset", arguments.preset]
         words += ["--gold", arguments.gold] if arguments.gold else []
         words += [f"--import={name}" for name in arguments.imports]
         try:
+            refuse_flags(arguments, own)
             if method in METHODS:
                 words += budget(arguments, [*words, *common, *own])
             words += [*common, *own]

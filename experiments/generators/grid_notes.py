@@ -36,8 +36,8 @@ def notes(found: Sequence[Result], jobs: Sequence[Job], grid: Grid) -> list[str]
         f"prompts, which seeds have in common; with fewer than {ENOUGH_SEEDS} seeds they are too narrow. A row "
         f"'{UNCLEAR}' where the lower limit of its gain is not above 0: of {STRICT} where it was measured, else of the "
         f"gold reward, {without_folders(grid.gold)}, and never of what it optimizes. Its gold fell where the upper "
-        "limit of that gain is below 0. Distance and recall are those of the images after; KL is in nats of a chain, "
-        "by the monitor.",
+        "limit of its own gold reward's gain is below 0. Distance and recall are those of the images after; KL is in "
+        "nats of a chain, by the monitor.",
     ]
     limits = [f"{most:,} {name}" for name, most in grid.budget.items() if most]
     if limits:
