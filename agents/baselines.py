@@ -239,7 +239,11 @@ def _check_observation(file: BaselineFile, network: BaselineNetwork, space: gym.
         with torch.no_grad():
             network(torch.zeros(1, *shape))
     except RuntimeError:
-        advice = "the task's --size and --frame-stack" if kind == "pixels" else "the task's --env"
+        advice = (
+            "the task's --size, --camera and --frame-stack"
+            if kind == "pixels"
+            else "the task's --env"
+        )
         raise UserError(
             f"'{file.path}' sees {trained or 'another shape'} and the task gives {list(shape)}; "
             f"give {advice} as it was trained"

@@ -56,7 +56,7 @@ def make(
     action_chunk: int = 1,
     quality: Literal["auto", "reference", "fast"] = "auto",
     supersample: int = 1,
-    camera: str | int | None = None,
+    camera: str | int | Sequence[str | int] | None = None,
     split: Literal["train", "validation", "test"] = "train",
     videos: str | PathLike[str] | None = None,
     protocol: str | None = None,
@@ -76,7 +76,7 @@ def make(
             all at once, or a list of these joined by `,`, of which every episode draws one.
         seed: of the first `reset()`; None draws one, which `settings` tells. `reset(seed=)` goes
             before it.
-        size: height and width of the picture in pixels.
+        size: height and width of a camera's picture in pixels.
         frame_stack: pictures per observation.
         action_repeat: control steps per action; None is the protocol's, else the task's usual one.
         action_chunk: actions per agent step; above 1 an action is [chunk, A], the reward the sum, and
@@ -86,12 +86,13 @@ def make(
             software.
         supersample: draw this many times larger in both directions and average: antialiasing, which
             `fast` lacks. At 48 pixels a factor of 4 doubles the time that a picture takes.
-        camera: its name or number; None is the protocol's, else the task's usual one.
+        camera: its name or number, or several: their pictures stand side by side, and the observation
+            is as many times wider; None is the protocol's, else the task's usual one.
         split: which colors and videos to draw from; no two splits share any.
         videos: folder of videos or images for the video distractions; None generates them.
         protocol: `dmc-gb`, `drqv2` or `planet`, see `Protocol`; fixes size, stack, action repeat,
             camera.
-        foreground_mask: also put `info["foreground"]`, bool [size, size], where neither sky, floor
+        foreground_mask: also put `info["foreground"]`, bool [size, width], where neither sky, floor
             nor walls are seen.
         episode_length: control steps until `truncated`; None is the task's own.
         end_at_success: the first control step in which the task is solved ends the episode: `terminated`.
@@ -116,7 +117,7 @@ def make(
         action_chunk=action_chunk,
         quality=quality,
         supersample=supersample,
-        camera=camera,
+        camera=camera,  # type: ignore[arg-type]  # its settings make any sequence a tuple
         split=split,
         videos=None if videos is None else str(videos),
         protocol=protocol,

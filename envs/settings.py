@@ -35,13 +35,19 @@ class Settings:
     action_chunk: int = 1
     quality: Literal["auto", "reference", "fast"] = "auto"
     supersample: int = 1
-    camera: str | int | None = None
+    camera: str | int | tuple[str | int, ...] | None = None
     split: Split = "train"
     videos: str | None = None
     protocol: str | None = None
     foreground_mask: bool = False
     episode_length: int | None = None
     end_at_success: bool = False
+
+    def __post_init__(self) -> None:
+        """Write cameras in one way: several as a tuple, though JSON has lists, and a single one as itself."""
+        if isinstance(self.camera, list | tuple):
+            one_or_several = self.camera[0] if len(self.camera) == 1 else tuple(self.camera)
+            object.__setattr__(self, "camera", one_or_several)
 
     def resolved(self) -> Settings:
         """Return these settings without anything left open, so that they always mean the same.
@@ -72,7 +78,10 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as `envs.make` takes them and JSON can hold them."""
-        return asdict(self)
+        settings = asdict(self)
+        if isinstance(self.camera, tuple):
+            settings["camera"] = list(self.camera)
+        return settings
 
     def _check(self) -> None:
         _one_of("observation", self.observation, get_args(Observation))
@@ -89,10 +98,21 @@ class Settings:
                 _whole_number(name, getattr(self, name), 1, 1_000_000_000)
         if self.seed is not None:
             _whole_number("seed", self.seed, 0, 2**63 - 1)
-        if self.camera is not None and (
-            isinstance(self.camera, bool) or not isinstance(self.camera, str | int)
-        ):
-            raise UserError(f"camera is {self.camera!r}; expected a camera's name or number")
+        self._check_cameras()
+
+    def _check_cameras(self) -> None:
+        """Refuse what names no camera, and cameras that are named twice."""
+        cameras = self.camera if isinstance(self.camera, tuple) else (self.camera,)
+        if self.camera is None:
+            return
+        for camera in cameras:
+            if isinstance(camera, bool) or not isinstance(camera, str | int):
+                raise UserError(f"camera is {camera!r}; expected a camera's name or number")
+        if not cameras:
+            raise UserError("camera is empty; expected the name or number of at least one")
+        for camera in cameras:
+            if cameras.count(camera) > 1:
+                raise UserError(f"camera '{camera}' is given twice; give each once")
 
     def check_chunk(self, episode_length: int | None) -> None:
         """Refuse chunks whose last actions no episode ever takes.
@@ -148,8 +168,9 @@ class Settings:
         for name, value in fixed.items():
             given = getattr(self, name)
             if given is not None and value is not None and given != value:
+                shown = " ".join(map(str, given)) if isinstance(given, tuple) else given
                 raise UserError(
-                    f"{name} is {given}, but protocol '{self.protocol}' fixes {value} for "
+                    f"{name} is {shown}, but protocol '{self.protocol}' fixes {value} for "
                     f"{self.id}; leave out {name} or the protocol"
                 )
         return replace(self, **{name: value for name, value in fixed.items() if value is not None})

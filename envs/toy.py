@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from envs.toy_view import Body, ToyView
+from envs.toy_view import CAMERAS, Body, ToyView
 from wrappers.errors import UserError
 
 
@@ -79,10 +79,13 @@ class ToyTask(gymnasium.Env):
     def view(
         self, height: int, width: int, camera: str | int | None = None, quality: str = "reference"
     ) -> ToyView:
-        """Return a picture of the task; there is one camera, and both qualities are the same."""
-        if camera not in (None, 0, self.default_camera):
-            raise UserError.unknown("camera", str(camera), (self.default_camera,))
-        return ToyView(self, height, width)
+        """Return a picture of the task through one of `CAMERAS`; both qualities are the same."""
+        name = self.default_camera if camera is None else camera
+        if name in range(len(CAMERAS)):
+            name = list(CAMERAS)[int(name)]
+        if name not in CAMERAS:
+            raise UserError.unknown("camera", str(camera), CAMERAS)
+        return ToyView(self, height, width, str(name))
 
     def render(self) -> np.ndarray:
         """Return the picture, uint8 [24, 24, 3]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -36,6 +37,10 @@ AMBIENT = 0.4
 """Part of the light that comes from everywhere; the rest is a lamp straight above."""
 
 
+CAMERAS: Mapping[str, float] = MappingProxyType({"front": 0.0, "left": -1.0, "right": 1.0})
+"""What each is aimed at, as x of the scene: `front` sees all of it, `left` and `right` one half each, as large."""
+
+
 class Body(NamedTuple):
     """A disc of radius `width / 2`, or an upright box, in front of the background."""
 
@@ -65,8 +70,9 @@ class ToyView:
 
     parts: frozenset[Part] = frozenset(("sky", "floor"))
 
-    def __init__(self, task: ToyScene, height: int, width: int) -> None:
+    def __init__(self, task: ToyScene, height: int, width: int, camera: str = "front") -> None:
         self.height, self.width = height, width
+        self._middle = CAMERAS[camera]
         self._task = task
         self._cell = max(1, min(height, width) // 6)
         self._paints: dict[Palette, dict[str, np.ndarray]] = {}
@@ -120,7 +126,7 @@ class ToyView:
         self._backgrounds = {}
 
     def camera(self) -> CameraPlace:
-        """Return that the camera looks at the scene from the front."""
+        """Return that every camera looks at the scene from the front."""
         return CameraPlace(math.pi / 2)
 
     def set_camera(self, shift: CameraShift | None) -> None:
@@ -134,6 +140,7 @@ class ToyView:
             cosine, sine = distance * math.cos(shift.roll), distance * math.sin(shift.roll)
             x, y = cosine * x - sine * y, sine * x + cosine * y
             x, y = x + SHIFT * shift.horizontal, y - SHIFT * shift.vertical
+        x = x + self._middle
         self._pixels_per_unit = min(height, width) / 2 / distance
         self._x, self._y = x.astype(np.float32), y.astype(np.float32)
         self._is_sky = self._y > HORIZON

@@ -35,7 +35,7 @@ from agents.core.settings import argument_docs, to_dict
 from agents.policy import SCHEMA, read_config
 from agents.registry import find
 from envs.settings import Settings
-from experiments.running.arguments import Parser, add_dataclass, fill, run_command
+from experiments.running.arguments import Parser, add_dataclass, as_words, fill, run_command
 from experiments.running.imports import add_import_flag, import_for_run
 from experiments.running.runs import (
     abandon_run,
@@ -284,7 +284,8 @@ def refuse_what_a_protocol_fixes(given: dict[str, Any], protocol: dict[str, Any]
     """Raise UserError that names every flag whose value is not the protocol's; quality is only warned of."""
     own = "the task's own"
     told = [
-        f"{name} is {given[name]}, but protocol '{given['protocol']}' fixes {own if value is None else value}"
+        f"{name} is {as_words(given[name])}, but protocol '{given['protocol']}' fixes "
+        f"{own if value is None else as_words(value)}"
         for name, value in protocol.items()
         if name != "quality" and name in given and given[name] != value
     ]

@@ -13,6 +13,7 @@ from gymnasium import spaces
 
 from wrappers.distraction.base import Distraction
 from wrappers.errors import UserError
+from wrappers.side_by_side import SideBySide
 from wrappers.supersampling import Supersampled
 from wrappers.view import View
 
@@ -49,19 +50,20 @@ class Pixels(gymnasium.Wrapper):
     Args:
         env: an adapter: a Gymnasium environment with a flat state observation, `view`,
             `get_state`, `set_state`.
-        observation: "pixels" is uint8 [3 * frame_stack, size, size], RGB of the oldest frame
+        observation: "pixels" is uint8 [3 * frame_stack, size, width], RGB of the oldest frame
             first, at the beginning of an episode the first frame repeated; "state" is the
             adapter's own; "both" a dict of them.
-        size: height and width of the picture.
+        size: height and width of a camera's picture; several have a width of as many sizes.
         frame_stack: how many pictures an observation holds.
         action_repeat: simulator steps per action.
         action_chunk: actions per agent step; above 1 the action space is a Box [chunk, A], and a
             frame stack holds what was seen between chunks.
         quality: "reference" or "fast", see the adapter's `view`.
         supersample: draw this many times larger in both directions and average.
-        camera: name or number of the camera; None is the adapter's default.
+        camera: name or number of the camera, or several, whose pictures stand side by side; None is
+            the adapter's default.
         distraction: what changes the picture; None leaves it clean.
-        foreground_mask: put `info["foreground"]`, bool [size, size], into every info (one extra
+        foreground_mask: put `info["foreground"]`, bool [size, width], into every info (one extra
             render).
         end_at_success: end the episode with the first simulator step whose info tells a `success`.
 
@@ -80,7 +82,7 @@ class Pixels(gymnasium.Wrapper):
         action_chunk: int = 1,
         quality: Literal["reference", "fast"] = "reference",
         supersample: int = 1,
-        camera: str | int | None = None,
+        camera: str | int | tuple[str | int, ...] | None = None,
         distraction: Distraction | None = None,
         foreground_mask: bool = False,
         end_at_success: bool = False,
@@ -94,18 +96,19 @@ class Pixels(gymnasium.Wrapper):
         self._mode = observation
         self._foreground_mask = foreground_mask
         self._end_at_success = end_at_success
-        self._view_settings = {"camera": camera, "quality": quality}
+        self._cameras = camera if isinstance(camera, tuple) else (camera,)
+        self._quality = quality
         self._size = size
         self._supersample = supersample
         self._frame_stack = frame_stack
         self._view: View | None = None
         self._rng = np.random.default_rng()
-        self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)  # uint8 [3, size, size] each
+        self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)  # uint8 [3, size, width] each
         self._state = np.zeros(0, np.float32)
         self._has_begun = False
         self._taken = 0  # actions of the newest step
         self.render_seconds = 0.0
-        pixels = spaces.Box(0, 255, (3 * frame_stack, size, size), np.uint8)
+        pixels = spaces.Box(0, 255, (3 * frame_stack, size, len(self._cameras) * size), np.uint8)
         self.observation_space = {
             "pixels": pixels,
             "state": env.observation_space,
@@ -118,7 +121,11 @@ class Pixels(gymnasium.Wrapper):
         if self._view is None:
             make_view = self.env.get_wrapper_attr("view")
             side = self._size * self._supersample
-            view: View = make_view(side, side, **self._view_settings)
+            views: list[View] = [
+                make_view(side, side, camera=camera, quality=self._quality)
+                for camera in self._cameras
+            ]
+            view = SideBySide(views) if len(views) > 1 else views[0]
             self._view = Supersampled(view, self._supersample) if self._supersample > 1 else view
         return self._view
 
@@ -166,12 +173,12 @@ class Pixels(gymnasium.Wrapper):
         return pixels if self._mode == "pixels" else {"pixels": pixels, "state": self._state}
 
     def foreground(self) -> np.ndarray:
-        """Return where the newest picture shows the foreground, see `View.foreground`, bool [size, size]."""
+        """Return where the newest picture shows the foreground, see `View.foreground`, bool [size, width]."""
         self._check_begun()
         return self.view.foreground()
 
     def render(self) -> np.ndarray:
-        """Return the current picture as the agent sees it, uint8 [size, size, 3]."""
+        """Return the current picture as the agent sees it, uint8 [size, width, 3]."""
         self._check_begun()
         if self._frames:
             return np.ascontiguousarray(self._frames[-1].transpose(1, 2, 0))
@@ -279,7 +286,7 @@ class Pixels(gymnasium.Wrapper):
         return self.observe()
 
     def _picture(self) -> np.ndarray:
-        """Return the current picture, uint8 [size, size, 3]."""
+        """Return the current picture, uint8 [size, width, 3]."""
         start = time.perf_counter()
         picture = self.distraction.frame(self.view) if self.distraction else self.view.render()
         self.render_seconds += time.perf_counter() - start

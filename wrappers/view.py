@@ -1,11 +1,13 @@
 """The View protocol: what a wrapper may ask of a simulator's picture.
 
-A view is one camera at one size onto one simulator. Distractions are written against it and never see a
-simulator, so the same colours and videos work in MuJoCo suites and in the NumPy-drawn toy family.
+A view is one camera at one size onto one simulator, or several side by side (`wrappers.side_by_side`).
+Distractions are written against it and never see a simulator, so the same colours and videos work in MuJoCo
+suites and in the NumPy-drawn toy family.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -50,6 +52,13 @@ class CameraPlace:
 
     inclination: float
     is_overhead: bool = False
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The inclinations that it may be moved to: down to level, or as low as it stands; any where it is overhead."""
+        if self.is_overhead:
+            return -math.inf, math.inf
+        return 0.0, max(math.pi / 2, self.inclination)
 
 
 @dataclass(frozen=True)

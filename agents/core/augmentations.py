@@ -1,25 +1,48 @@
 """Image augmentations, batched on the device that holds the batch.
 
 Every function takes pixels in [0, 255], [B, 3*k, H, W] (k stacked RGB frames), and a `torch.Generator` on the same
-device, and treats the k frames of a sample alike. Sources stand at each function.
+device, and treats the k frames of a sample alike. Views that stand side by side ([B, 3*k, H, V*H]) are pictures of
+their own: each is shifted, cropped, filtered and blended by itself, as Diffusion Policy crops per camera
+(https://arxiv.org/abs/2303.04137). Sources stand at each function.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Concatenate, Literal, ParamSpec
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from agents.core.fields import count_views
 from agents.core.overlays import OverlayImages
 
 WeakAugmentation = Literal["none", "shift", "crop"]
 StrongAugmentation = Literal["overlay", "convolution"]
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Rest = ParamSpec("Rest")
 
 
+def view_by_view(
+    function: Callable[Concatenate[Tensor, Rest], Tensor],
+) -> Callable[Concatenate[Tensor, Rest], Tensor]:
+    """Make a function of pictures [B, C, H, W] treat each of the views of [B, C, H, V*H] as another sample."""
+
+    @functools.wraps(function)
+    def of_each(pixels: Tensor, *rest: Rest.args, **named: Rest.kwargs) -> Tensor:
+        views = count_views(pixels.shape)
+        if views == 1:
+            return function(pixels, *rest, **named)
+        apart = pixels.unflatten(3, (views, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        done = function(apart, *rest, **named)
+        return done.unflatten(0, (-1, views)).permute(0, 2, 3, 1, 4).flatten(3)
+
+    return of_each
+
+
+@view_by_view
 def random_shift(pixels: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Shift each sample by up to `pad` pixels, repeating the border (DrQ, https://arxiv.org/abs/2004.13649).
 
@@ -32,6 +55,7 @@ def random_shift(pixels: Tensor, generator: torch.Generator, pad: int = 4) -> Te
     return _take(torch.cat([left, pixels, right], dim=3), rows, offsets[1] + pad, w)
 
 
+@view_by_view
 def random_crop(pixels: Tensor, generator: torch.Generator, size: int) -> Tensor:
     """Cut a random `size` x `size` window out of each sample (RAD, https://arxiv.org/abs/2004.14990).
 
@@ -43,6 +67,7 @@ def random_crop(pixels: Tensor, generator: torch.Generator, size: int) -> Tensor
     return _take(pixels, torch.arange(size, device=pixels.device) + top, left, size)
 
 
+@view_by_view
 def center_crop(pixels: Tensor, size: int) -> Tensor:
     """Cut the central `size` x `size` window: what a random-crop agent sees when it acts."""
     h, w = pixels.shape[-2:]
@@ -50,6 +75,15 @@ def center_crop(pixels: Tensor, size: int) -> Tensor:
     return pixels[..., top : top + size, left : left + size]
 
 
+@view_by_view
+def zero_border(maps: Tensor, size: int) -> Tensor:
+    """Put the window that `center_crop` cut, [B, k, h, h], back into a picture of `size` x `size`; zeros around it."""
+    first = (size - maps.shape[-1]) // 2
+    last = size - maps.shape[-1] - first
+    return F.pad(maps, (first, last, first, last))
+
+
+@view_by_view
 def random_convolution(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Pass every frame through one random 3x3 filter per sample (SVEA, https://arxiv.org/abs/2107.00644).
 
@@ -66,6 +100,7 @@ def random_convolution(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return response.view(k, b, 3, h, w).transpose(0, 1).reshape(b, c, h, w)
 
 
+@view_by_view
 def overlay(
     pixels: Tensor, generator: torch.Generator, images: OverlayImages, alpha: float = 0.5
 ) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,6 +69,12 @@ def refuse_other_parts(boxes: Mapping[str, gym.spaces.Box], agent: str) -> None:
 def is_image(space: gym.Space) -> bool:
     """Return whether a space holds pixels: uint8 with three axes."""
     return space.dtype == np.uint8 and space.shape is not None and len(space.shape) == 3
+
+
+def count_views(shape: Sequence[int]) -> int:
+    """Return how many cameras' pictures, squares, stand side by side in one of `shape` [..., H, W]; 1 for any other."""
+    height, width = shape[-2:]
+    return 1 if width % height else width // height
 
 
 def observation_fields(space: gym.Space, frame_stack: int) -> dict[str, Field]:

@@ -26,7 +26,7 @@ class ConditionConfig:
     """How observations become a vector."""
 
     encoder: EncoderName = "drqv2"
-    """Convolutions over pixels, of every view its own; see `agents.core.encoders.ENCODERS`."""
+    """Convolutions over pixels, of every part of an observation its own; see `agents.core.encoders.ENCODERS`."""
     feature_dim: int = 64
     """Length of the projection behind each encoder (Diffusion Policy's spatial softmax has 64), and of a language
     embedding's."""
@@ -35,9 +35,11 @@ class ConditionConfig:
 class ConditionEncoder(nn.Module):
     """Every part of an observation, one behind the other in the order of their names.
 
-    Pictures (uint8 [3*k, H, W], one part or several views) go through an encoder and a projection of their own; `state`
-    is brought to [-1, 1] by the range that the data had; any other vector, such as the embedding of an instruction,
-    through a linear layer and a LayerNorm.
+    Pictures (uint8 [3*k, H, W]) go through an encoder and a projection of their own: views that are parts of the
+    observation each through one (as Diffusion Policy's), views side by side in one picture, as `--camera A B` gives
+    them, through one that shares its convolutions and whose projection tells their places apart. `state` is brought to
+    [-1, 1] by the range that the data had; any other vector, such as the embedding of an instruction, goes through a
+    linear layer and a LayerNorm.
 
     Args:
         spaces: of the parts, by name; see `fields.observation_boxes`.
@@ -77,13 +79,13 @@ class ConditionEncoder(nn.Module):
             normalizer.fit(demonstrations.column(name))
 
     def shift(self, observation: Observation, generator: torch.Generator, pad: int) -> Observation:
-        """Return an observation whose views are shifted at random by up to `pad` pixels at 84 x 84."""
+        """Return an observation whose views are each shifted at random by up to `pad` pixels at 84 x 84."""
         if not pad:
             return observation
         shifted = dict(observation)
         for name in self.encoders:
             pixels = observation[name]
-            own = max(1, round(pad * pixels.shape[-1] / 84))
+            own = max(1, round(pad * pixels.shape[-2] / 84))
             shifted[name] = random_shift(pixels, generator, own)
         return shifted
 

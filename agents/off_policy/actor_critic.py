@@ -26,10 +26,11 @@ from agents.core.augmentations import (
     center_crop,
     random_crop,
     random_shift,
+    zero_border,
 )
 from agents.core.encoders import EncoderName, PixelEncoder
 from agents.core.errors import UserError
-from agents.core.fields import observation_boxes, refuse_other_parts
+from agents.core.fields import count_views, observation_boxes, refuse_other_parts
 from agents.core.greedy import GreedyPolicy
 from agents.core.networks import Trunk, TwinQ, gradient_norm, polyak_update
 from agents.core.pictures import newest_frames
@@ -202,7 +203,7 @@ class ActorCritic(Agent):
         self.crop = self.pad = 0
         if "pixels" in spaces:
             spaces["pixels"] = self._cropped(spaces["pixels"])
-            scaled = round(config.pad * spaces["pixels"].shape[-1] / 84)
+            scaled = round(config.pad * spaces["pixels"].shape[-2] / 84)
             self.pad = max(1, scaled) if config.pad else 0
         self.action_shape = action_space.shape
         self.action_dim = math.prod(action_space.shape)  # a chunk of actions is one long action
@@ -350,10 +351,11 @@ class ActorCritic(Agent):
         if "pixels" not in observation:
             return None
         seen = critic_saliency(self.critic, self._center(observation), action.flatten(1), "guided")
-        height, width = observation["pixels"].shape[-2:]
-        top, left = (height - seen.shape[-2]) // 2, (width - seen.shape[-1]) // 2
-        right, bottom = width - seen.shape[-1] - left, height - seen.shape[-2] - top
-        return nn.functional.pad(seen.float(), (left, right, top, bottom))
+        return (
+            zero_border(seen.float(), observation["pixels"].shape[-2])
+            if self.crop
+            else seen.float()
+        )
 
     def images(self, observation: Observation, action: Tensor) -> dict[str, np.ndarray]:
         """Return what a batch looks like: saliency over frames, and the pictures that the critic is trained on."""
@@ -395,8 +397,9 @@ class ActorCritic(Agent):
         """Return the pixel space that the encoder sees."""
         if self.config.augmentation != "crop":
             return space
-        self.crop = round(space.shape[-1] * self.config.crop_fraction)
-        return gym.spaces.Box(0, 255, (space.shape[0], self.crop, self.crop), np.uint8)
+        self.crop = round(space.shape[-2] * self.config.crop_fraction)
+        width = count_views(space.shape) * self.crop
+        return gym.spaces.Box(0, 255, (space.shape[0], self.crop, width), np.uint8)
 
     def _center(self, observation: Observation) -> Observation:
         if self.config.augmentation != "crop" or "pixels" not in observation:

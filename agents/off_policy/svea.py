@@ -75,7 +75,7 @@ class StrongView:
             raise UserError("this method augments pixels; use --observation pixels or both")
         self.kind = kind
         self._bank = partial(
-            OverlayImages, folder, size=round(spaces["pixels"].shape[-1] * 1.25), seed=seed
+            OverlayImages, folder, size=round(spaces["pixels"].shape[-2] * 1.25), seed=seed
         )
         self._images: OverlayImages | None = None
 

@@ -132,7 +132,7 @@ class OnPolicyActorCritic(OnPolicyAgent):
         refuse_other_parts(spaces, type(self).__name__)
         self.pad = 0
         if "pixels" in spaces and config.pad:
-            self.pad = max(1, round(config.pad * spaces["pixels"].shape[-1] / 84))
+            self.pad = max(1, round(config.pad * spaces["pixels"].shape[-2] / 84))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # weights are drawn on the CPU: the same on every device
             self.network = ActorValue(

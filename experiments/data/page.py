@@ -13,6 +13,8 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 
+from experiments.running.arguments import as_words
+
 PAGE = "index.html"
 PICTURES = 8
 """Of an episode, evenly spaced from its first observation to its last."""
@@ -103,7 +105,7 @@ def write_page(
     totals = [one.total for one in shown]
     facts["return"] = f"{np.mean(totals):.1f} ± {np.std(totals):.1f}"
     table = "".join(
-        f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items()
+        f"<tr><th>{escape(k)}</th><td>{escape(as_words(v))}</td></tr>" for k, v in facts.items()
     )
     body = "\n".join(_section(one) for one in shown)
     file.write_text(

@@ -65,13 +65,17 @@ def add_dataclass(
         if field.name in skip:
             continue
         value = getattr(defaults, field.name)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
         plain = docs.get(field.name, "").replace("`", "").replace("%", "%%")
-        text = plain if value is None else f"{plain} [{shown}]"
+        text = plain if value is None else f"{plain} [{as_words(value)}]"
         flag = "--" + field.name.replace("_", "-")
         group.add_argument(
             flag, dest=field.name, default=argparse.SUPPRESS, help=text, **_flag(hints[field.name])
         )
+
+
+def as_words(value: Any) -> str:
+    """Return a value as it follows its flag: several ones without brackets and commas."""
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def fill(defaults: T, *sources: Mapping[str, Any]) -> T:
@@ -142,8 +146,10 @@ def _flag(hint: Any) -> dict[str, Any]:
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
         parts = [part for part in typing.get_args(hint) if part is not type(None)]
-        if set(parts) == {str, int}:
-            return {"type": _name_or_number, "metavar": "NAME|NUMBER"}
+        if {str, int} <= set(parts):
+            flag: dict[str, Any] = {"type": _name_or_number, "metavar": "NAME|NUMBER"}
+            several = {"nargs": "+", "action": _OneOrSeveral}
+            return flag | several if len(parts) > 2 else flag
         return _flag(parts[0])
     if origin is Literal:
         return {"choices": typing.get_args(hint), "metavar": "|".join(typing.get_args(hint))}
@@ -157,6 +163,13 @@ def _flag(hint: Any) -> dict[str, Any]:
 
 def _name_or_number(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
+
+
+class _OneOrSeveral(argparse.Action):
+    """Stores one value as itself and several as a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
 
 
 class _Tuple(argparse.Action):

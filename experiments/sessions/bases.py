@@ -220,7 +220,7 @@ def begin_from_base(agent: Agent, config: Mapping[str, Any], spaces: Mapping[str
 
 
 FLAGS = {
-    "observation": ("observation", "size", "frame_stack"),
+    "observation": ("observation", "size", "camera", "frame_stack"),
     "action": ("env",),
 }
 """Which flags decide a space."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from agents.core.errors import UserError
 from experiments.data.datasets import Dataset, Episode, root_folder
+from experiments.running.arguments import as_words
 
 SAME_TASK = ("id", "size", "action_repeat", "camera")
 """Settings in which data sets that are learned together must not differ."""
@@ -72,8 +73,8 @@ def new_demonstrations(given: Mapping[str, Any], task: Mapping[str, Any]) -> dic
         if field in unseen or None in (own[field], task[field]) or own[field] == task[field]:
             continue
         raise UserError(
-            f"dataset '{about['datasets'][0]}' has {field} {own[field]}, this task {task[field]}; give --"
-            f"{field.replace('_', '-')} {own[field]}, or draw it anew with collect --rerender"
+            f"dataset '{about['datasets'][0]}' has {field} {as_words(own[field])}, this task {as_words(task[field])}; "
+            f"give --{field.replace('_', '-')} {as_words(own[field])}, or draw it anew with collect --rerender"
         )
     return {"demonstrations": about}
 
@@ -95,8 +96,8 @@ def common_task(datasets: dict[str, Dataset], env: str | None) -> dict[str, Any]
         for field in SAME_TASK:
             if own[field] != settings[field]:
                 raise UserError(
-                    f"dataset '{name}' has {field} {own[field]}, '{first}' has {settings[field]}; imitate data sets of "
-                    "one task, or draw one anew with collect --rerender"
+                    f"dataset '{name}' has {field} {as_words(own[field])}, '{first}' has {as_words(settings[field])}; "
+                    "imitate data sets of one task, or draw one anew with collect --rerender"
                 )
         if own.get("action_chunk", 1) != 1:
             raise UserError(

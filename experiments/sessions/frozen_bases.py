@@ -126,7 +126,7 @@ def check_spaces(run: Path, spaces: Mapping[str, Any]) -> None:
     for name, part in _parts(base["spaces"]["observation"]).items():
         if _one_picture(part) != given.get(name):
             here = shapes(spaces["observation"])
-            flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in FLAGS["observation"][:2])
+            flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in FLAGS["observation"][:-1])
             raise UserError(
                 f"the base {config['run']} observes {name} {shapes(part)}, this task shows {here}; give a base of this "
                 f"task, or its settings ({flags})"

@@ -12,8 +12,10 @@ from agents.core.augmentations import (
     random_convolution,
     random_crop,
     random_shift,
+    zero_border,
 )
 from agents.core.errors import UserError
+from agents.core.fields import count_views
 from agents.core.overlays import OverlayImages, procedural_textures
 
 
@@ -107,3 +109,82 @@ def test_overlay_folder_is_read_and_its_mistakes_are_named(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"b\.png"):
         OverlayImages(str(tmp_path), size=8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "views"),
+    [
+        ((9, 24, 24), 1),
+        ((9, 24, 48), 2),
+        ((5, 3, 24, 72), 3),
+        ((9, 24, 36), 1),
+        ((9, 48, 24), 1),
+    ],
+)
+def test_the_width_tells_how_many_views_there_are(shape, views):
+    assert count_views(shape) == views
+
+
+@pytest.fixture
+def wide():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (5, 6, 20, 60), dtype=torch.uint8, generator=generator)
+
+
+def test_every_view_is_shifted_by_itself(wide):
+    shifted = random_shift(wide, seeded(), pad=4)
+    offsets = torch.randint(-4, 5, (2, 5 * 3, 1), generator=seeded())[:, :, 0]
+    for number, (down, right) in enumerate(offsets.T.tolist()):
+        sample, left = number // 3, number % 3 * 20
+        view = wide[sample : sample + 1, :, :, left : left + 20].float()
+        padded = F.pad(view, (4, 4, 4, 4), mode="replicate")
+        expected = padded[0, :, 4 + down : 24 + down, 4 + right : 24 + right]
+        assert torch.equal(shifted[sample, :, :, left : left + 20].float(), expected)
+    assert len(offsets.T.unique(dim=0)) > 5
+
+
+def test_every_view_is_cropped_by_itself(wide):
+    cropped = random_crop(wide, seeded(), 16)
+    middle = center_crop(wide, 16)
+    assert cropped.shape == middle.shape == (5, 6, 16, 48)
+    top, left = (torch.randint(0, 5, (15, 1), generator=g) for g in [seeded()] for _ in range(2))
+    for number, (down, right) in enumerate(torch.cat([top, left], 1).tolist()):
+        sample, view = number // 3, number % 3
+        one = wide[sample, :, :, view * 20 : view * 20 + 20]
+        place = slice(view * 16, view * 16 + 16)
+        expected = one[:, down : down + 16, right : right + 16]
+        assert torch.equal(cropped[sample, :, :, place], expected)
+        assert torch.equal(middle[sample, :, :, place], one[:, 2:18, 2:18])
+
+
+def test_a_border_of_zeros_undoes_the_central_crop(wide):
+    inside = torch.zeros(20, 60, dtype=torch.bool)
+    for view in range(3):
+        inside[2:18, view * 20 + 2 : view * 20 + 18] = True
+    assert torch.equal(zero_border(center_crop(wide, 16), 20), wide * inside)
+    odd = torch.ones(1, 1, 7, 7)  # of 10: one more column on the right
+    assert torch.equal(center_crop(zero_border(odd, 10), 7), odd)
+
+
+@pytest.mark.parametrize("strong", ["convolution", "overlay"])
+def test_views_are_strongly_augmented_by_themselves(wide, strong):
+    bank = OverlayImages(None, size=25, seed=0, count=8)
+
+    def augment(pixels, generator):
+        if strong == "convolution":
+            return random_convolution(pixels, generator)
+        return overlay(pixels, generator, bank)
+
+    apart = wide.unflatten(3, (3, 20)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    expected = augment(apart, seeded()).unflatten(0, (5, 3))
+    got = augment(wide, seeded()).unflatten(3, (3, 20))
+    for view in range(3):
+        assert torch.equal(got[:, :, :, view], expected[:, view])
+
+
+@pytest.mark.parametrize("augment", [random_shift, lambda p, g: random_crop(p, g, 16)])
+def test_no_pixel_of_a_view_gets_into_its_neighbor(augment):
+    values = torch.tensor([10, 90, 200], dtype=torch.uint8)
+    flat = values.repeat_interleave(20).expand(30, 3, 20, 60).contiguous()
+    seen = augment(flat, seeded())
+    assert torch.equal(seen, values.repeat_interleave(seen.shape[3] // 3).expand_as(seen))

@@ -107,6 +107,8 @@ BAD_FLAGS = [
     ("--size 100000", "size is 100000"),
     ("--size 8", "8 x 8 are too small for encoder 'small'"),
     ("--camera behind", "unknown camera 'behind'"),
+    ("--camera left rihgt", "unknown camera 'rihgt'; did you mean right"),
+    ("--camera left left", "camera 'left' is given twice; give each once"),
     ("--device gpu", "device 'gpu' is not available"),
     ("--device meta", "device 'meta' is not available"),
     ("--replay-capacity 10000000000000", "lower --replay-capacity or --size"),

@@ -223,6 +223,18 @@ def test_a_chunk_may_last_as_long_as_an_episode() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"camera": 1.5}, "camera is 1.5; expected a camera's name or number"),
         ({"camera": "top"}, "top"),
+        ({"camera": ("front", "rihgt")}, "unknown camera 'rihgt'; did you mean right"),
+        ({"camera": ("front", "left", "front")}, "camera 'front' is given twice; give each once"),
+        ({"camera": ["front", 1.5]}, "camera is 1.5; expected a camera's name or number"),
+        ({"camera": ()}, "camera is empty"),
+        (
+            {"id": "gym/CartPole-v1", "camera": ("front", "left")},
+            "has one camera only; leave out camera 'front'",
+        ),
+        (
+            {"id": "dmc/quadruped-walk", "protocol": "drqv2", "camera": (0, 2)},
+            "camera is 0 2, but protocol 'drqv2' fixes 2 for dmc/quadruped-walk",
+        ),
         ({"id": "metaworld/reach", "camera": "corner9"}, "corner9"),
         ({"protocol": "dmcgb"}, "unknown protocol 'dmcgb'; did you mean dmc-gb"),
         ({"protocol": "drqv2"}, "protocol 'drqv2' is for dmc/ tasks, not for toy/reach"),

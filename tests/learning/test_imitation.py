@@ -42,10 +42,12 @@ def build(name: str, space: gym.Space, action: gym.Space, **changes: Any) -> Off
     return agent
 
 
-def demonstrate(observation: str, *, episodes: int = 30, shuffled: bool = False) -> Demonstrations:
+def demonstrate(
+    observation: str, *, episodes: int = 30, shuffled: bool = False, camera: Any = None
+) -> Demonstrations:
     """Return the expert's episodes in toy/reach; shuffled, its actions are of other moments."""
     expert, random = scripted_expert("reach"), np.random.default_rng(0)
-    settings: dict[str, Any] = {"size": 24, "frame_stack": 1}
+    settings: dict[str, Any] = {"size": 24, "frame_stack": 1, "camera": camera}
     with closing(envs.make("toy/reach", observation="both", **settings)) as env:
         boxes: Any = env.observation_space
         space = boxes[observation]
@@ -71,7 +73,9 @@ def learn(name: str, observation: str, updates: int, *, sign: float = 1.0, **dat
     """Return the mean return in chunks of four actions after imitating."""
     store = demonstrate(observation, **data)
     episodes = 20
-    task = {"size": 24, "frame_stack": 1, "observation": observation, "action_chunk": 4}
+    task = {
+        "size": 24, "frame_stack": 1, "observation": observation, "action_chunk": 4, "camera": data.get("camera"),
+    }  # fmt: skip
     with closing(envs.make_vec("toy/reach", episodes, **task)) as vector:
         agent = build(name, vector.single_observation_space, vector.single_action_space)
         agent.prepare(store)

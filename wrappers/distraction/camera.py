@@ -86,10 +86,9 @@ class RandomCamera(SceneChange):
         place = view.camera() or LEVEL
         self._inclination = place.inclination
         angle = math.pi / 2 * self.scale
-        highest, lowest = place.inclination - angle, place.inclination + angle
-        if not place.is_overhead:
-            highest = max(highest, 0.0)
-            lowest = min(lowest, max(math.pi / 2, place.inclination))
+        highest, lowest = place.reach
+        highest = max(highest, place.inclination - angle)
+        lowest = min(lowest, place.inclination + angle)
         self._low = np.array((1 - 0.5 * self.scale, -angle, highest, -angle))
         self._high = np.array((1 + 1.5 * self.scale, angle, lowest, angle))
 

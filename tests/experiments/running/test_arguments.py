@@ -37,6 +37,8 @@ class Config:
     """At most."""
     camera: str | int | None = None
     """Where from."""
+    cameras: str | int | tuple[str | int, ...] | None = None
+    """Where from, one or several."""
     hidden_one: int = 0
     """Not a flag."""
 
@@ -62,6 +64,9 @@ def parse(*words: str) -> dict[str, Any]:
         ("--limit 2", {"limit": 2.0}),
         ("--camera side", {"camera": "side"}),
         ("--camera 2", {"camera": 2}),
+        ("--cameras side", {"cameras": "side"}),
+        ("--cameras 2", {"cameras": 2}),
+        ("--cameras side 2", {"cameras": ("side", 2)}),
     ],
 )
 def test_every_kind_of_field_is_a_flag_of_its_type(words: str, values: dict[str, Any]) -> None:
@@ -76,6 +81,8 @@ def test_every_kind_of_field_is_a_flag_of_its_type(words: str, values: dict[str,
         ("--rate fast", "--rate: invalid float value: 'fast'"),
         ("--mode c", "invalid choice: 'c' (choose from 'a', 'b')"),
         ("--widths", "--widths: expected at least one argument"),
+        ("--cameras", "--cameras: expected at least one argument"),
+        ("--camera side 2", "unrecognized arguments: 2"),
         ("--wdiths 4", "unknown flag '--wdiths'; did you mean --widths"),
         ("--coun 4", "unknown flag '--coun'; did you mean --count"),
         ("--hidden-one 4", "unknown flag '--hidden-one'"),
