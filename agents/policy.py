@@ -21,6 +21,7 @@ from agents.core.agent import Agent, as_observation
 from agents.core.base_policy import BasePolicy
 from agents.core.checkpoints import CheckpointStore
 from agents.core.errors import UserError
+from agents.core.fields import camera_names, join_cameras
 from agents.core.imports import import_modules, recorded_imports
 from agents.core.settings import from_dict
 from agents.core.tree_rows import count_rows
@@ -88,6 +89,7 @@ class Policy(Actor):
     Attributes:
         agent: the agent behind it.
         config: the run's config.json.
+        cameras: those that it sees side by side, in order; none where it was trained with a single one.
         checkpoint: name of the checkpoint that was loaded.
         progress: agent steps, environment frames and gradient updates behind that checkpoint.
         device: where it acts.
@@ -99,6 +101,7 @@ class Policy(Actor):
     ) -> None:
         super().__init__(agent)
         self.config = config
+        self.cameras = camera_names(config["env"])
         self.checkpoint = checkpoint
         self.progress = progress
 
@@ -201,9 +204,11 @@ class Policy(Actor):
         One with a memory takes them for the next ones of the same episodes; see `begin`.
 
         Args:
-            observation: as the environment gave it: uint8 [3*k, H, W], float [D] or a Dict; or a batch.
+            observation: as the environment gave it: uint8 [3*k, H, W], float [D] or a Dict; or a batch. Several
+                cameras are parts of their own, or side by side.
             explore: draw the action as in training, by the agent's own generator; it may leave the space's range.
         """
+        observation = join_cameras(observation, self.cameras)
         parts = observation if isinstance(observation, Mapping) else {"": observation}
         arrays = {key: np.asarray(value) for key, value in parts.items()}
         single = all(
@@ -222,9 +227,10 @@ class Policy(Actor):
             action: float32 [B, A], what `act` chose for them.
 
         Returns:
-            float32 [B, H, W], not negative; None where the agent sees no pixels or cannot tell.
+            float32 [B, H, W], not negative, of several cameras side by side; None where the agent sees no pixels or
+            cannot tell.
         """
-        batch = as_observation(observation, self.device)
+        batch = as_observation(join_cameras(observation, self.cameras), self.device)
         seen = self.agent.saliency(batch, torch.as_tensor(action, device=self.device))
         return None if seen is None else seen[:, -1].cpu().numpy()
 

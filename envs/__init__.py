@@ -57,6 +57,7 @@ def make(
     quality: Literal["auto", "reference", "fast"] = "auto",
     supersample: int = 1,
     camera: str | int | Sequence[str | int] | None = None,
+    side_by_side: bool = False,
     split: Literal["train", "validation", "test"] = "train",
     videos: str | PathLike[str] | None = None,
     protocol: str | None = None,
@@ -86,14 +87,16 @@ def make(
             software.
         supersample: draw this many times larger in both directions and average: antialiasing, which
             `fast` lacks. At 48 pixels a factor of 4 doubles the time that a picture takes.
-        camera: its name or number, or several: their pictures stand side by side, and the observation
-            is as many times wider; None is the protocol's, else the task's usual one.
+        camera: its name or number, or several; None is the protocol's, else the task's usual one.
+        side_by_side: several cameras are one picture "pixels", as many times wider, the first one on
+            the left, which is what agents learn from; otherwise a Dict of pictures by the camera's
+            name, its number as text where that was given.
         split: which colors and videos to draw from; no two splits share any.
         videos: folder of videos or images for the video distractions; None generates them.
         protocol: `dmc-gb`, `drqv2` or `planet`, see `Protocol`; fixes size, stack, action repeat,
             camera.
         foreground_mask: also put `info["foreground"]`, bool [size, width], where neither sky, floor
-            nor walls are seen.
+            nor walls are seen, of several cameras side by side.
         episode_length: control steps until `truncated`; None is the task's own.
         end_at_success: the first control step in which the task is solved ends the episode: `terminated`.
         render_mode: `rgb_array`, the only one; for `gymnasium.make`.
@@ -118,6 +121,7 @@ def make(
         quality=quality,
         supersample=supersample,
         camera=camera,  # type: ignore[arg-type]  # its settings make any sequence a tuple
+        side_by_side=side_by_side,
         split=split,
         videos=None if videos is None else str(videos),
         protocol=protocol,

@@ -56,6 +56,7 @@ class Environment(Pixels):
             quality=settings.quality,
             supersample=settings.supersample,
             camera=settings.camera,
+            side_by_side=settings.side_by_side,
             distraction=make_distraction(
                 settings.distraction,
                 split=settings.split,

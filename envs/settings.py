@@ -36,6 +36,7 @@ class Settings:
     quality: Literal["auto", "reference", "fast"] = "auto"
     supersample: int = 1
     camera: str | int | tuple[str | int, ...] | None = None
+    side_by_side: bool = False
     split: Split = "train"
     videos: str | None = None
     protocol: str | None = None
@@ -68,6 +69,7 @@ class Settings:
             videos=str(Path(self.videos).expanduser().resolve()) if self.videos else self.videos,
             action_repeat=settings.action_repeat or spec.action_repeat,
             camera=spec.camera if settings.camera is None else settings.camera,
+            side_by_side=self.side_by_side and self._shows_several,
             episode_length=settings.episode_length or spec.episode_length,
         )
         settings._warn_if_nothing_changes(spec)
@@ -81,7 +83,16 @@ class Settings:
         settings = asdict(self)
         if isinstance(self.camera, tuple):
             settings["camera"] = list(self.camera)
+        if (
+            not self.side_by_side
+        ):  # as older versions, whose settings are compared with these, wrote them
+            del settings["side_by_side"]
         return settings
+
+    @property
+    def _shows_several(self) -> bool:
+        """Whether an observation shows several cameras."""
+        return isinstance(self.camera, tuple) and self.observation != "state"
 
     def _check(self) -> None:
         _one_of("observation", self.observation, get_args(Observation))
@@ -110,9 +121,14 @@ class Settings:
                 raise UserError(f"camera is {camera!r}; expected a camera's name or number")
         if not cameras:
             raise UserError("camera is empty; expected the name or number of at least one")
-        for camera in cameras:
-            if cameras.count(camera) > 1:
-                raise UserError(f"camera '{camera}' is given twice; give each once")
+        names = [str(camera) for camera in cameras]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"camera '{name}' is given twice; give each once")
+            if len(names) > 1 and name in ("pixels", "state"):
+                raise UserError(
+                    f"camera '{name}' has the name of another part of an observation; give its number"
+                )
 
     def check_chunk(self, episode_length: int | None) -> None:
         """Refuse chunks whose last actions no episode ever takes.

@@ -85,7 +85,7 @@ def parser() -> Parser:
         p,
         "task",
         Settings(""),
-        skip=("id", "seed", "foreground_mask"),
+        skip=("id", "seed", "foreground_mask", "side_by_side"),
         docs=argument_docs(envs.make),
     )
     add_dataclass(p, "parallel environments", VectorSettings())

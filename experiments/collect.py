@@ -7,7 +7,7 @@
 
 `minari.load_dataset("cartpole/random-v0")` reads what is written. The simulator's scenes are kept beside the
 observations, so that the same episodes can be drawn again: in other colors, before videos, at another size or quality,
-from another camera, or as pixels where only states were collected.
+from other cameras, or as pixels where only states were collected. Several cameras are parts of an observation, by name.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def parser() -> Parser:
         p,
         "task",
         Settings(""),
-        skip=("id", "seed", "foreground_mask"),
+        skip=("id", "seed", "foreground_mask", "side_by_side"),
         docs=argument_docs(envs.make),
     )
     return p
@@ -137,7 +137,8 @@ def source(
             given["run"], checkpoint=given["checkpoint"], device=check_device(given["device"])
         )
         about |= {"source": "run", "run": str(given["run"]), "checkpoint": policy.checkpoint}
-        settings = changed(policy.config["env"], given, OF_A_RUN, "--run")
+        apart = {**policy.config["env"], "side_by_side": False}  # the policy joins them itself
+        settings = changed(apart, given, OF_A_RUN, "--run")
 
         def of_the_run(env: envs.Environment) -> Act:
             policy.begin()

@@ -152,7 +152,8 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     seed, seeds = spawn_seeds(given["seed"])
     chosen = {"action_chunk": DEFAULT_CHUNK, **given}
     flags = {name: chosen[name] for name in OF_THE_TASK if name in chosen}
-    task = changed({**settings, "protocol": None}, flags, OF_THE_TASK, "--dataset")
+    own = {**settings, "protocol": None, "side_by_side": True}
+    task = changed(own, flags, OF_THE_TASK, "--dataset")
     if task["split"] == "test":
         raise UserError(
             "--split test is what evaluations are made of; choose on train or validation"

@@ -151,7 +151,8 @@ def show_dataset(given: Namespace) -> None:
     with closing(envs.make(**settings)) as env:
         fps = given.fps or speed(env)
     for number in range(count):
-        file, episode = films["episode", number], dataset.read(number, scenes=False)
+        file = films["episode", number]
+        episode = dataset.read(number, scenes=False, side_by_side=True)
         title = f"{given.dataset}, episode {number}"
         plot = file.with_suffix(".png")
         draw_trace(
@@ -195,7 +196,7 @@ def dataset_moments(episode: Episode) -> Iterator[Moment]:
 def shown_pictures(observations: Any) -> np.ndarray | None:
     """Return what a data set's episode shows, uint8 [T + 1, C, H, W], the newest picture last; None without any.
 
-    Of several views the newest pictures lie side by side, in the order of their names.
+    Of several parts that are pictures the newest ones lie side by side, in the order of their names.
     """
     parts = dict(observations) if isinstance(observations, Mapping) else {"": observations}
     arrays = {name: np.asarray(part) for name, part in sorted(parts.items())}

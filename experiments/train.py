@@ -125,7 +125,7 @@ def parser(agent: str) -> Parser:
         p,
         "task",
         Settings(DEFAULT_ENV),
-        skip=("id", "seed", "foreground_mask"),
+        skip=("id", "seed", "foreground_mask", "side_by_side"),
         docs=argument_docs(envs.make),
     )
     add_dataclass(p, "parallel environments", VectorSettings())
@@ -227,7 +227,7 @@ def new_config(given: dict[str, Any]) -> dict[str, Any]:
     task = fill(
         Settings(given["env"]), *({k: v for k, v in s.items() if k != "seed"} for s in of_task)
     )
-    task = fill(task, {"seed": seeds["environment"]}).resolved()
+    task = fill(task, {"seed": seeds["environment"], "side_by_side": True}).resolved()
     assert task.action_repeat is not None
     sources = (
         preset | preset_discount(name, device, control_steps(task.as_dict())),

@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from wrappers.distraction.base import Distraction
 from wrappers.errors import UserError
-from wrappers.side_by_side import SideBySide
+from wrappers.side_by_side import SideBySide, apart
 from wrappers.supersampling import Supersampled
 from wrappers.view import View
 
@@ -50,21 +50,23 @@ class Pixels(gymnasium.Wrapper):
     Args:
         env: an adapter: a Gymnasium environment with a flat state observation, `view`,
             `get_state`, `set_state`.
-        observation: "pixels" is uint8 [3 * frame_stack, size, width], RGB of the oldest frame
-            first, at the beginning of an episode the first frame repeated; "state" is the
-            adapter's own; "both" a dict of them.
-        size: height and width of a camera's picture; several have a width of as many sizes.
+        observation: "pixels" is uint8 [3 * frame_stack, size, size], RGB of the oldest frame
+            first, at the beginning of an episode the first frame repeated; of several cameras a
+            dict of such by the camera's name (its number as text where that was given); "state" is
+            the adapter's own; "both" a dict of "pixels", or of all cameras, and "state".
+        size: height and width of a camera's picture.
         frame_stack: how many pictures an observation holds.
         action_repeat: simulator steps per action.
         action_chunk: actions per agent step; above 1 the action space is a Box [chunk, A], and a
             frame stack holds what was seen between chunks.
         quality: "reference" or "fast", see the adapter's `view`.
         supersample: draw this many times larger in both directions and average.
-        camera: name or number of the camera, or several, whose pictures stand side by side; None is
-            the adapter's default.
+        camera: name or number of the camera, or several; None is the adapter's default.
+        side_by_side: show several cameras as one picture "pixels" of [.., size, V * size], the first
+            on the left, as they are drawn, stacked and distracted anyway.
         distraction: what changes the picture; None leaves it clean.
         foreground_mask: put `info["foreground"]`, bool [size, width], into every info (one extra
-            render).
+            render); the masks of several cameras stand side by side.
         end_at_success: end the episode with the first simulator step whose info tells a `success`.
 
     Attributes:
@@ -83,6 +85,7 @@ class Pixels(gymnasium.Wrapper):
         quality: Literal["reference", "fast"] = "reference",
         supersample: int = 1,
         camera: str | int | tuple[str | int, ...] | None = None,
+        side_by_side: bool = False,
         distraction: Distraction | None = None,
         foreground_mask: bool = False,
         end_at_success: bool = False,
@@ -108,11 +111,17 @@ class Pixels(gymnasium.Wrapper):
         self._has_begun = False
         self._taken = 0  # actions of the newest step
         self.render_seconds = 0.0
-        pixels = spaces.Box(0, 255, (3 * frame_stack, size, len(self._cameras) * size), np.uint8)
+        # What the parts are called where the cameras are parts of their own.
+        self._names = [str(camera) for camera in self._cameras]
+        if side_by_side or len(self._cameras) == 1:
+            self._names = []
+        width = size if self._names else len(self._cameras) * size
+        box = spaces.Box(0, 255, (3 * frame_stack, size, width), np.uint8)
+        pictures: dict[str, spaces.Space] = dict.fromkeys(self._names or ["pixels"], box)
         self.observation_space = {
-            "pixels": pixels,
+            "pixels": spaces.Dict(pictures) if self._names else box,
             "state": env.observation_space,
-            "both": spaces.Dict({"pixels": pixels, "state": env.observation_space}),
+            "both": spaces.Dict(pictures | {"state": env.observation_space}),
         }[observation]
 
     @property
@@ -170,7 +179,10 @@ class Pixels(gymnasium.Wrapper):
         if self._mode == "state":
             return self._state
         pixels = np.concatenate(self._frames)
-        return pixels if self._mode == "pixels" else {"pixels": pixels, "state": self._state}
+        if self._mode == "pixels" and not self._names:
+            return pixels
+        seen = apart(pixels, self._names) if self._names else {"pixels": pixels}
+        return seen if self._mode == "pixels" else seen | {"state": self._state}
 
     def foreground(self) -> np.ndarray:
         """Return where the newest picture shows the foreground, see `View.foreground`, bool [size, width]."""
@@ -178,7 +190,7 @@ class Pixels(gymnasium.Wrapper):
         return self.view.foreground()
 
     def render(self) -> np.ndarray:
-        """Return the current picture as the agent sees it, uint8 [size, width, 3]."""
+        """Return the current picture as the agent sees it, uint8 [size, width, 3], all cameras side by side."""
         self._check_begun()
         if self._frames:
             return np.ascontiguousarray(self._frames[-1].transpose(1, 2, 0))

@@ -14,6 +14,11 @@ import numpy as np
 from wrappers.view import CameraPlace, CameraShift, Layers, Lighting, Palette, Part, View
 
 
+def apart(pictures: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the pictures that stand side by side in [..., H, V * W] by name, [..., H, W] each; nothing is copied."""
+    return dict(zip(names, np.split(pictures, len(names), axis=-1), strict=True))
+
+
 class SideBySide:
     """Views of one simulator next to each other, the first one on the left; implements `wrappers.view.View`.
 

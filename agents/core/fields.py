@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -60,9 +60,11 @@ def refuse_other_parts(boxes: Mapping[str, gym.spaces.Box], agent: str) -> None:
     """
     others = sorted(set(boxes) - {"pixels", "state"})
     if others:
+        joined = any(is_image(boxes[name]) for name in others)
         raise UserError(
             f"{agent} learns from 'pixels' and 'state', and has no use for {', '.join(map(repr, others))}; leave these "
             "parts out of the observation, or give another agent"
+            + ("; several cameras must be side by side in 'pixels' (side_by_side=True)" * joined)
         )
 
 
@@ -75,6 +77,50 @@ def count_views(shape: Sequence[int]) -> int:
     """Return how many cameras' pictures, squares, stand side by side in one of `shape` [..., H, W]; 1 for any other."""
     height, width = shape[-2:]
     return 1 if width % height else width // height
+
+
+def camera_names(task: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the pictures of a task's cameras are called, in the order in which agents see them; () of one.
+
+    Args:
+        task: its settings, as config.json and data sets hold them: their list of cameras is the one place that keeps
+            the order (`gym.spaces.Dict` sorts its parts).
+    """
+    cameras = task.get("camera")
+    if not isinstance(cameras, list | tuple) or task.get("observation") == "state":
+        return ()
+    return tuple(map(str, cameras))
+
+
+def join_cameras(observation: Any, cameras: Sequence[str]) -> Any:
+    """Put pictures that are parts of an observation side by side into one part `pixels`, the first on the left.
+
+    The one place where that is done. Environments that a command makes draw them so in the first place: only what
+    comes from elsewhere, a data set or the caller of a loaded policy, is copied here.
+
+    Args:
+        observation: as an environment or a data set gave it: an array, or arrays [..., H, W] by name.
+        cameras: the parts, see `camera_names`. Without any, and where `pixels` is there already, nothing is done.
+
+    Raises:
+        UserError: a camera is missing.
+
+    Example:
+        >>> parts = {"front": np.zeros((2, 2)), "arm": np.ones((2, 2)), "state": np.zeros(1)}
+        >>> join_cameras(parts, ["front", "arm"])["pixels"][0].tolist()
+        [0.0, 0.0, 1.0, 1.0]
+    """
+    if not cameras or not isinstance(observation, Mapping) or "pixels" in observation:
+        return observation
+    missing = [name for name in cameras if name not in observation]
+    if missing:
+        raise UserError(
+            f"the observation shows {', '.join(sorted(observation))}, and nothing from camera {', '.join(missing)}; "
+            f"give an environment with the cameras {', '.join(cameras)}"
+        )
+    pixels = np.concatenate([np.asarray(observation[name]) for name in cameras], axis=-1)
+    others = {name: part for name, part in observation.items() if name not in cameras}
+    return {"pixels": pixels, **others}
 
 
 def observation_fields(space: gym.Space, frame_stack: int) -> dict[str, Field]:

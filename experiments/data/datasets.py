@@ -22,6 +22,7 @@ import numpy as np
 
 import envs
 from agents.core.errors import UserError
+from agents.core.fields import camera_names, join_cameras
 from agents.core.trees import load_tree, save_tree
 from experiments.data.columns import from_columns, to_columns
 from experiments.running.runs import LOCK
@@ -96,7 +97,8 @@ class DatasetWriter:
         about: goes into metadata.json beside the settings, as JSON can hold it.
 
     Raises:
-        UserError: the id is malformed or taken, the folder cannot be written, or Minari is missing.
+        UserError: the id is malformed or taken, a part of observations has a name that files cannot have, the folder
+            cannot be written, or Minari is missing.
     """
 
     def __init__(
@@ -105,6 +107,11 @@ class DatasetWriter:
         minari = import_minari()
         from minari.dataset.minari_storage import MinariStorage
 
+        for part in getattr(env.observation_space, "spaces", {}):
+            if "/" in part:  # HDF5 would make a folder of it, which Minari does not read
+                raise UserError(
+                    f"datasets cannot hold an observation's part '{part}'; give the camera by its number"
+                )
         self._root, self._dataset = root, dataset
         self.path = new_path(root, dataset)
         self._unfinished = self.path.with_name(f"{_WRITING}{os.getpid()}-{self.path.name}")
@@ -241,14 +248,21 @@ class Dataset:
         """Return an episode; `observations` is as Minari gives it (arrays over time)."""
         return self.read(index)
 
-    def read(self, index: int, *, scenes: bool = True) -> Episode:
-        """Return an episode as `__getitem__` does; without its scenes that is faster."""
+    def read(self, index: int, *, scenes: bool = True, side_by_side: bool = False) -> Episode:
+        """Return an episode as `__getitem__` does.
+
+        Args:
+            index: its number.
+            scenes: without them that is faster.
+            side_by_side: several cameras are one picture, as agents see them.
+        """
         data = self._minari[index]
+        cameras = camera_names(self.about["settings"]) if side_by_side else ()
         (own,) = self._minari.storage.get_episode_metadata([index])
         columns = load_tree(self._scenes, f"episode-{index}") if scenes else {}
         return Episode(
             own["seed"],
-            data.observations,
+            join_cameras(data.observations, cameras),
             data.actions,
             data.rewards,
             data.terminations,

@@ -17,7 +17,9 @@ from agents.core.settings import argument_docs
 from envs.settings import Settings
 from experiments.running.arguments import add_dataclass, fill
 
-_NOT_ASKED = ("id", "seed", "distraction", "split", "videos", "foreground_mask", "protocol")
+_NOT_ASKED = (
+    "id", "seed", "distraction", "split", "videos", "foreground_mask", "protocol", "side_by_side",
+)  # fmt: skip
 """Settings of a task that an evaluation has its own flags for, or that are a run's."""
 
 _OWN = ("env", "sb3_activation", "sb3_normalization", "trust_pickle")
@@ -76,7 +78,7 @@ def load_zip(path: Path, given: Mapping[str, Any], *, device: str) -> Policy:
         )
     settings = {k: v for k, v in given.items() if k not in _NOT_ASKED}
     # The same pictures every time: what is random is seeded by the evaluation.
-    task = fill(Settings(given["env"], seed=0), settings).resolved().as_dict()
+    task = fill(Settings(given["env"], seed=0, side_by_side=True), settings).resolved().as_dict()
     with closing(envs.make_vec(num_envs=1, **task)) as vector:
         agent = load_sb3(
             path,

@@ -129,7 +129,7 @@ def load_demonstrations(
         directory=directory,
     )
     for name, index in tqdm(work, desc="reading", unit="episode", disable=None, leave=False):
-        episode = datasets[name].read(index, scenes=False)
+        episode = datasets[name].read(index, scenes=False, side_by_side=True)
         store.add(episode.observations, episode.actions, f"dataset '{name}', episode {index}")
     return store
 

@@ -147,7 +147,7 @@ def load_mixture(
     for start in tqdm(starts, desc="reading", disable=None, leave=False):
         group = []
         for name, index in work[start : start + SIDE_BY_SIDE]:
-            episode = datasets[name].read(index, scenes=False)
+            episode = datasets[name].read(index, scenes=False, side_by_side=True)
             which = f"dataset '{name}', episode {index}"
             group.append(demonstrated(episode, space, action_space, reward, which))
         bases = base_actions([shown.observation for shown in group], base, random)

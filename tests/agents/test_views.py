@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from agents.core.errors import UserError
+from agents.core.fields import camera_names, join_cameras
 from agents.core.greedy import freeze
 from tests.agents.helpers import PIXELS, SIZE, small_agent, transitions
 
@@ -54,3 +56,49 @@ def test_a_cropped_border_of_any_view_is_never_looked_at():
     border = torch.ones(SIZE, SIZE, dtype=torch.bool)
     border[2:22, 2:22] = False
     assert not seen.transpose(2, 3)[..., border].any()
+
+
+# ------------------------------------------------------------------------------ parts by camera's name
+
+
+def test_cameras_are_joined_in_the_order_of_the_settings_whatever_that_of_the_parts():
+    random = np.random.default_rng(0)
+    parts = {
+        name: random.integers(0, 256, (2, 9, SIZE, SIZE), np.uint8) for name in ("arm", "top", "1")
+    }
+    names = camera_names({"camera": ["top", 1, "arm"], "observation": "both"})
+    assert names == ("top", "1", "arm")
+    seen = join_cameras({"state": np.zeros((2, 3)), **parts}, names)
+    assert sorted(seen) == ["pixels", "state"]
+    for place, name in enumerate(names):
+        own = seen["pixels"][..., place * SIZE : (place + 1) * SIZE]
+        assert np.array_equal(own, parts[name])
+
+
+@pytest.mark.parametrize(
+    ("task", "observation"),
+    [
+        ({"camera": "front", "observation": "pixels"}, np.zeros((9, 24, 24), np.uint8)),
+        ({"camera": None}, {"front": np.zeros(1), "arm": np.zeros(1)}),  # a third party's own parts
+        ({"camera": ["a", "b"], "observation": "state"}, {"state": np.zeros(3)}),
+        ({"camera": ["a", "b"], "observation": "both"}, {"pixels": np.zeros(1), "state": 0}),
+        ({"camera": ["a", "b"], "observation": "pixels"}, np.zeros((9, 24, 48), np.uint8)),
+    ],
+)
+def test_other_observations_are_left_as_they_are(task, observation):
+    assert join_cameras(observation, camera_names(task)) is observation
+
+
+def test_a_missing_camera_is_named():
+    with pytest.raises(UserError, match="shows left, and nothing from camera right, 0; give an"):
+        join_cameras({"left": np.zeros((3, 8, 8))}, ("right", "left", "0"))
+
+
+def test_agents_of_one_picture_say_how_several_cameras_become_one():
+    box = gym.spaces.Box(0, 255, (9, SIZE, SIZE), np.uint8)
+    parts = gym.spaces.Dict({"left": box, "right": box})
+    with pytest.raises(UserError, match=r"no use for 'left', 'right'.*side_by_side=True"):
+        small_agent("drq", parts)
+    named = gym.spaces.Dict({"pixels": box, "words": gym.spaces.Box(-1, 1, (3,))})
+    with pytest.raises(UserError, match=r"no use for 'words'; leave .* another agent$"):
+        small_agent("drq", named)

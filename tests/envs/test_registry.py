@@ -225,6 +225,9 @@ def test_a_chunk_may_last_as_long_as_an_episode() -> None:
         ({"camera": "top"}, "top"),
         ({"camera": ("front", "rihgt")}, "unknown camera 'rihgt'; did you mean right"),
         ({"camera": ("front", "left", "front")}, "camera 'front' is given twice; give each once"),
+        ({"camera": ("0", 0)}, "camera '0' is given twice; give each once"),
+        ({"camera": ("front", "state")}, "camera 'state' has the name of another part of an"),
+        ({"camera": ("pixels", 0)}, "camera 'pixels' has the name of another part of an"),
         ({"camera": ["front", 1.5]}, "camera is 1.5; expected a camera's name or number"),
         ({"camera": ()}, "camera is empty"),
         (

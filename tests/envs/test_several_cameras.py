@@ -24,8 +24,8 @@ SIMULATED = [
 
 def make(id: str, camera: Any, distraction: str | None = None) -> envs.Environment:
     return envs.make(
-        id, camera=camera, distraction=distraction, seed=5, size=32, quality="fast", frame_stack=1
-    )
+        id, camera=camera, distraction=distraction, seed=5, size=32, quality="fast", frame_stack=1, side_by_side=True
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("id", "cameras", "changed"), SIMULATED)
@@ -81,7 +81,8 @@ def test_a_simulators_state_goes_on_exactly_through_several_cameras() -> None:
 def test_settings_name_cameras_as_json_does_and_make_the_same_again() -> None:
     with ExitStack() as stack:
 
-        def shown(**settings: Any) -> np.ndarray:
+        def shown(**given: Any) -> np.ndarray:
+            settings = {"side_by_side": True, **given}
             env = stack.enter_context(closing(envs.make("toy/reach", size=24, seed=3, **settings)))
             assert json.loads(json.dumps(env.settings)) == env.settings
             again = stack.enter_context(closing(envs.make(**env.settings)))
@@ -96,7 +97,9 @@ def test_settings_name_cameras_as_json_does_and_make_the_same_again() -> None:
         registered = stack.enter_context(
             closing(gymnasium.make("toy/reach-v0", size=24, seed=3, camera=("right", "front")))
         )
-        assert np.array_equal(registered.reset()[0], wide)
+        parts = registered.reset()[0]
+        assert sorted(parts) == ["front", "right"]
+        assert np.array_equal(np.concatenate([parts["right"], parts["front"]], axis=2), wide)
         assert np.array_equal(shown(camera=["right"]), wide[..., :24])
         assert np.array_equal(shown(), wide[..., 24:]), "as without naming any"
 
@@ -105,18 +108,41 @@ def test_what_one_camera_is_called_in_settings_stays_as_it_was() -> None:
     for camera in ("front", 0, ("front",), ["front"]):
         with closing(envs.make("toy/reach", camera=camera)) as env:
             assert env.settings["camera"] in ("front", 0)
-    with closing(envs.make("toy/reach", camera=("front", "left"))) as env:
-        assert env.settings["camera"] == ["front", "left"]
+        for side_by_side in (
+            False,
+            True,
+        ):  # of one camera both mean the same, and none is written down
+            with closing(envs.make("toy/reach", camera=camera, side_by_side=side_by_side)) as env:
+                assert "side_by_side" not in env.settings
+                assert env.observation_space.shape == (9, 84, 84)
+    for side_by_side in (False, True):
+        task: dict[str, Any] = {"camera": ("front", "left"), "side_by_side": side_by_side}
+        with closing(envs.make("toy/reach", **task)) as env:
+            assert env.settings["camera"] == ["front", "left"]
+            assert ("side_by_side" in env.settings) == side_by_side
 
 
-def test_workers_show_several_cameras_too() -> None:
-    shown = []
-    for workers in (0, 1):
-        task: dict[str, Any] = {"size": 24, "seed": 3, "camera": ("left", "right")}
-        with closing(envs.make_vec("toy/reach", 2, workers=workers, **task)) as vector:
-            assert vector.single_observation_space.shape == (9, 24, 48)
-            shown.append(vector.reset()[0])
-    assert np.array_equal(*shown)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_vectors_and_their_workers_show_several_cameras_too(workers: int) -> None:
+    task: dict[str, Any] = {"size": 24, "seed": 3, "camera": ("right", "left"), "episode_length": 2}
+    make_vec = envs.make_vec
+    with (
+        closing(make_vec("toy/reach", 2, workers=workers, side_by_side=True, **task)) as wide,
+        closing(make_vec("toy/reach", 2, workers=workers, **task)) as apart,
+    ):
+        assert wide.single_observation_space.shape == (9, 24, 48)
+        assert apart.single_observation_space["right"].shape == (9, 24, 24)
+        whole, parts = wide.reset()[0], apart.reset()[0]
+        for _ in range(3):
+            assert apart.observation_space.contains(parts)
+            assert sorted(parts) == ["left", "right"]
+            assert np.array_equal(np.concatenate([parts["right"], parts["left"]], axis=3), whole)
+            (whole, *_, info), (parts, *_, other) = (
+                env.step(np.ones((2, 2), np.float32)) for env in (wide, apart)
+            )
+            if "final_obs" in info:
+                last, ended = info["final_obs"][0], other["final_obs"][0]
+                assert np.array_equal(np.concatenate([ended["right"], ended["left"]], axis=2), last)
 
 
 def test_an_unknown_camera_among_several_is_told_with_the_nearest_ones() -> None:

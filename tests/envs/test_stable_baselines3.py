@@ -42,6 +42,23 @@ def test_their_agents_train_on_our_pixels(algorithm: type[BaseAlgorithm], task: 
     env.close()
 
 
+def test_their_multi_input_policies_train_on_several_cameras() -> None:
+    env = gym.make(
+        "toy/reach-v0", seed=0, size=36, frame_stack=1, camera=("right", "left"), observation="both"
+    )
+    agent = PPO("MultiInputPolicy", env, seed=0, device="cpu", **SETTINGS[PPO])
+    before = {name: value.clone() for name, value in agent.policy.named_parameters()}
+    agent.learn(64)
+    after = dict(agent.policy.named_parameters())
+    assert all(value.isfinite().all() for value in after.values())
+    moved = [name for name, value in after.items() if not value.equal(before[name])]
+    for camera in ("left", "right"):
+        assert any(f"extractors.{camera}.cnn" in name for name in moved), "each by its own network"
+    action, _ = agent.predict(env.reset(seed=1)[0], deterministic=True)
+    assert env.action_space.contains(action)
+    env.close()
+
+
 def test_their_sac_learns_our_task_from_a_state() -> None:
     """A random policy scores 12.7, one that stays in the middle 14.1, the best script 23.9."""
     env = gym.make("toy/reach-v0", seed=0, observation="state")

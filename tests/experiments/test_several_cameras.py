@@ -15,6 +15,7 @@ import envs
 from agents import Policy
 from experiments import collect, evaluate, imitate, record
 from experiments.data.datasets import Dataset
+from experiments.sessions.imitation import load_demonstrations
 from experiments.train import main
 from tests.experiments.helpers import (
     arguments,
@@ -25,7 +26,8 @@ from tests.experiments.helpers import (
     train,
 )
 
-SIDES = ("left", "right")
+SIDES = ("right", "left")
+"""Not the order of the alphabet, into which Gymnasium brings the parts of a Dict."""
 TASK = {"camera": SIDES, "episode_length": 9, "num_envs": 2, "distraction": "video_hard"}
 
 
@@ -34,7 +36,7 @@ def test_training_from_several_views_resumes_exactly(agent: str, tmp_path: Path)
     whole = train(agent, "toy/reach", tmp_path / "whole", steps=48, **TASK)
     parts = train(agent, "toy/reach", tmp_path / "parts", steps=24, **TASK)
     config = json.loads((parts / "config.json").read_text())
-    assert config["env"]["camera"] == ["left", "right"]
+    assert config["env"]["camera"] == ["right", "left"]
     assert config["spaces"]["observation"]["box"][1:] == [24, 48]
     resume(parts, steps=48)
     assert_same_run(whole, parts)
@@ -48,6 +50,7 @@ def test_one_camera_by_name_is_the_run_without_a_flag(tmp_path: Path) -> None:
     configs = [json.loads((run / "config.json").read_text())["env"] for run in (plain, named)]
     assert configs[0].pop("camera") is None
     assert configs[1].pop("camera") == "front"
+    assert "side_by_side" not in configs[1]
     assert configs[0] == configs[1]
 
 
@@ -82,7 +85,7 @@ def test_imitation_from_several_views_resumes_exactly_and_every_command_takes_it
     assert imitate.main(["--resume", str(run), "--steps", "8"]) == 0
     assert_same_run(whole, run)
     policy = Policy.load(run)
-    assert policy.config["env"]["camera"] == ["left", "right"]
+    assert policy.config["env"]["camera"] == ["right", "left"]
     with closing(envs.make(**policy.config["env"])) as env:
         seen, _ = env.reset(seed=0)
         action = policy.act(seen)
@@ -102,13 +105,53 @@ def test_imitation_from_several_views_resumes_exactly_and_every_command_takes_it
 def test_demonstrations_keep_the_views_and_are_not_mixed_with_others(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both, turned = (Dataset(root, name)[0].observations for name in ("both-v0", "turned-v0"))
-    assert both.shape[1:] == (3, 24, 48)
+    datasets = [Dataset(root, name) for name in ("both-v0", "turned-v0")]
+    for dataset in datasets:  # Minari's other readers see a picture of each camera
+        shown = dataset[0].observations
+        assert sorted(shown) == ["left", "right"]
+        assert shown["left"].shape == (13, 3, 24, 24)
+        assert "side_by_side" not in dataset.about["settings"]
+    both, turned = (data.read(0, side_by_side=True).observations["pixels"] for data in datasets)
+    assert np.array_equal(both, np.concatenate([shown["right"], shown["left"]], axis=3))
     assert np.array_equal(turned, np.roll(both, 24, axis=3))
+    config = imitate.new_config(vars(imitate.parser("bc").parse_args(imitation(root, tmp_path))))
+    with closing(envs.make(**config["env"])) as env:
+        store = load_demonstrations(
+            config, env.observation_space, env.action_space, horizon=4, stride=4
+        )
+        assert np.array_equal(store.column("pixels")[:12], both[:12])
+        seen, _ = env.reset(seed=datasets[0][0].seed)  # as the evaluations show it
+        assert np.array_equal(seen, both[0])
     said = refused_by(
         imitate.main, capsys, imitation(root, tmp_path / "run", ("both-v0", "turned-v0"))
     )
-    assert "dataset 'turned-v0' has camera right left, 'both-v0' has left right; imitate" in said
+    assert "dataset 'turned-v0' has camera left right, 'both-v0' has right left; imitate" in said
+
+
+@pytest.mark.parametrize("observation", ["pixels", "both"])
+def test_a_loaded_policy_sees_cameras_in_the_order_that_it_was_trained_with(
+    observation: str, tmp_path: Path
+) -> None:
+    run = train("sac", "toy/reach", tmp_path / "run", steps=24, observation=observation, **TASK)
+    policy = Policy.load(run)
+    task: dict[str, Any] = policy.config["env"]
+    apart_task = {k: v for k, v in task.items() if k != "side_by_side"}
+    with closing(envs.make(**task)) as wide, closing(envs.make(**apart_task)) as apart:
+        whole, parts = wide.reset(seed=1)[0], apart.reset(seed=1)[0]
+    assert {"left", "right"} <= set(parts)
+    action = policy.act(whole)
+    assert np.array_equal(policy.act(parts), action)
+    batch = {name: part[None] for name, part in parts.items()}
+    assert np.array_equal(policy.act(batch), action[None])
+    seen = whole if observation == "pixels" else whole["pixels"]
+    own = seen[None] if observation == "pixels" else {k: v[None] for k, v in whole.items()}
+    assert np.array_equal(policy.saliency(batch, action[None]), policy.saliency(own, action[None]))
+    swapped = parts | {"left": parts["right"], "right": parts["left"]}
+    assert not np.array_equal(policy.act(swapped), action), "the order counts"
+    if observation == "pixels":
+        root = ["--root", str(tmp_path), "--run", str(run), "--episodes", "1"]
+        assert collect.main(["own-v0", *root]) == 0
+        assert sorted(Dataset(tmp_path, "own-v0")[0].observations) == ["left", "right"]
 
 
 def test_a_policy_is_not_fine_tuned_on_other_views(

@@ -47,7 +47,12 @@ def demonstrate(
 ) -> Demonstrations:
     """Return the expert's episodes in toy/reach; shuffled, its actions are of other moments."""
     expert, random = scripted_expert("reach"), np.random.default_rng(0)
-    settings: dict[str, Any] = {"size": 24, "frame_stack": 1, "camera": camera}
+    settings: dict[str, Any] = {
+        "size": 24,
+        "frame_stack": 1,
+        "camera": camera,
+        "side_by_side": True,
+    }
     with closing(envs.make("toy/reach", observation="both", **settings)) as env:
         boxes: Any = env.observation_space
         space = boxes[observation]
@@ -77,6 +82,7 @@ def learn(
     episodes = 20
     task = {
         "size": 24, "frame_stack": 1, "observation": observation, "action_chunk": 4, "camera": data.get("camera"),
+        "side_by_side": True,
     }  # fmt: skip
     with closing(envs.make_vec("toy/reach", episodes, **task)) as vector:
         agent = build(name, vector.single_observation_space, vector.single_action_space)

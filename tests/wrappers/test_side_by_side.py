@@ -30,6 +30,7 @@ def make(camera: Any, distraction: str | None = None, **settings: Any) -> Pixels
         "size": 24,
         "observation": "both",
         "foreground_mask": True,
+        "side_by_side": True,
         **settings,
     }
     return Pixels(
@@ -117,7 +118,41 @@ def test_a_state_taken_in_mid_episode_goes_on_exactly(distraction: str | None) -
 @pytest.mark.filterwarnings("error", "ignore:.*different from the unwrapped version")
 @pytest.mark.parametrize("distraction", [None, "randomized"])
 def test_gymnasiums_checker_passes(distraction: str | None) -> None:
-    check_env(make(SIDES, distraction, foreground_mask=False), skip_render_check=True)
+    for together in (True, False):
+        env = make(SIDES, distraction, foreground_mask=False, side_by_side=together)
+        check_env(env, skip_render_check=True)
+
+
+@pytest.mark.parametrize("cameras", [("right", "front", "left"), (2, 0, 1)])
+@pytest.mark.parametrize("distraction", [None, "dcs_hard", "video_hard+noise_hard"])
+def test_parts_by_name_are_what_stands_side_by_side(cameras: Any, distraction: str | None) -> None:
+    names = [str(camera) for camera in cameras]
+    wide, apart = (
+        make(cameras, distraction, frame_stack=2, side_by_side=together)
+        for together in (True, False)
+    )
+    box = apart.observation_space["right" if "right" in names else "2"]
+    assert sorted(apart.observation_space.spaces) == sorted([*names, "state"])
+    assert box.shape == (6, 24, 24)
+    shown = [env.reset(seed=4)[0] for env in (wide, apart)]
+    for _ in range(4):
+        together, parts = shown
+        assert apart.observation_space.contains(parts)
+        joined = np.concatenate([parts[name] for name in names], axis=2)
+        assert np.array_equal(joined, together["pixels"])
+        assert np.array_equal(parts["state"], together["state"])
+        assert np.array_equal(wide.render(), apart.render())
+        shown = [env.step(np.array((0.5, -1.0)))[0] for env in (wide, apart)]
+
+
+def test_what_of_several_cameras_is_asked_for_is_what_is_shown() -> None:
+    pixels = make(SIDES, observation="pixels", side_by_side=False)
+    assert sorted(pixels.reset(seed=1)[0]) == ["left", "right"]
+    state = make(SIDES, observation="state", side_by_side=False)
+    assert state.observation_space.contains(state.reset(seed=1)[0])
+    for camera in (None, "left", ("left",)):
+        one = make(camera, observation="pixels", side_by_side=False)
+        assert one.reset(seed=1)[0].shape == (9, 24, 24), "as ever"
 
 
 class Placed:
