@@ -112,14 +112,14 @@ class Pixels(gymnasium.Wrapper):
         self._taken = 0  # actions of the newest step
         self.render_seconds = 0.0
         # What the parts are called where the cameras are parts of their own.
-        self._names = [str(camera) for camera in self._cameras]
-        if side_by_side or len(self._cameras) == 1:
-            self._names = []
-        width = size if self._names else len(self._cameras) * size
-        box = spaces.Box(0, 255, (3 * frame_stack, size, width), np.uint8)
-        pictures: dict[str, spaces.Space] = dict.fromkeys(self._names or ["pixels"], box)
+        is_apart = len(self._cameras) > 1 and not side_by_side
+        self._names = [str(camera) for camera in self._cameras] if is_apart else []
+        shape = 3 * frame_stack, size, size if is_apart else len(self._cameras) * size
+        pictures: dict[str, spaces.Space] = {
+            name: spaces.Box(0, 255, shape, np.uint8) for name in self._names or ["pixels"]
+        }
         self.observation_space = {
-            "pixels": spaces.Dict(pictures) if self._names else box,
+            "pixels": spaces.Dict(pictures) if is_apart else pictures["pixels"],
             "state": env.observation_space,
             "both": spaces.Dict(pictures | {"state": env.observation_space}),
         }[observation]

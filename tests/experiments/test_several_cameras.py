@@ -7,14 +7,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import imageio.v3 as iio
 import numpy as np
 import pytest
 
 import envs
 from agents import Policy
+from agents.core.errors import UserError
 from experiments import collect, evaluate, imitate, record
-from experiments.data.datasets import Dataset
+from experiments.data.datasets import Dataset, DatasetWriter
 from experiments.sessions.imitation import load_demonstrations
 from experiments.train import main
 from tests.experiments.helpers import (
@@ -122,10 +124,30 @@ def test_demonstrations_keep_the_views_and_are_not_mixed_with_others(
         assert np.array_equal(store.column("pixels")[:12], both[:12])
         seen, _ = env.reset(seed=datasets[0][0].seed)  # as the evaluations show it
         assert np.array_equal(seen, both[0])
+    films = tmp_path / "films"
+    flags = ["--root", str(root), "--episodes", "1", "--out", str(films)]
+    assert record.main(["--dataset", "both-v0", *flags]) == 0
+    frame = iio.imread(films / "episode-0.mp4", index=0).astype(float)
+
+    def distance(observation: np.ndarray) -> float:
+        large = observation.repeat(8, axis=1).repeat(8, axis=2).transpose(1, 2, 0)
+        return float(abs(frame[: len(large)] - large).mean())
+
+    assert distance(both[0]) < distance(turned[0]) / 2, "the right one stands on the left"
     said = refused_by(
         imitate.main, capsys, imitation(root, tmp_path / "run", ("both-v0", "turned-v0"))
     )
     assert "dataset 'turned-v0' has camera left right, 'both-v0' has right left; imitate" in said
+
+
+def test_names_that_a_data_set_cannot_hold_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("minari")
+    with closing(envs.make("toy/reach", camera=("left", "right"))) as env:
+        box = env.observation_space["left"]
+        env.observation_space = gym.spaces.Dict({"arm/eye": box, "left": box})
+        with pytest.raises(UserError, match="part 'arm/eye'; give the camera by its number"):
+            DatasetWriter(tmp_path, "some-v0", env, {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("observation", ["pixels", "both"])
