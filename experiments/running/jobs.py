@@ -67,17 +67,16 @@ def run_jobs(jobs: Sequence[Job], run: Callable[[Job], int], workers: int) -> li
     Raises:
         KeyboardInterrupt: after processes under way were asked to stop, and have.
     """
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            codes = pool.map(run, jobs)
-            try:
-                return [job for job, code in zip(jobs, codes, strict=True) if code]
-            except KeyboardInterrupt:
-                # First: who is done takes no other job.
-                pool.shutdown(wait=False, cancel_futures=True)
-                _processes.stop()
-                raise
+    pool = ThreadPoolExecutor(workers)
+    try:  # an interrupt may come while jobs are still being handed in
+        return [job for job, code in zip(jobs, pool.map(run, jobs), strict=True) if code]
+    except KeyboardInterrupt:
+        # First: who is done takes no other job.
+        pool.shutdown(wait=False, cancel_futures=True)
+        _processes.stop()
+        raise
     finally:
+        pool.shutdown()
         _processes.allow()  # all have ended
 
 

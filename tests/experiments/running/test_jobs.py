@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,14 @@ import pytest
 
 from experiments.running import jobs as jobs_module
 from experiments.running.jobs import STOPPED, run_jobs, run_logged
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """SIGINT interrupts, also where tests run side by side: there it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def python(code: str) -> list[str]:
@@ -22,9 +31,9 @@ def saver(ready: Path) -> list[str]:
     """A process that says when it is ready, and whether it was asked to save within some seconds."""
     return python(
         "import signal, sys\n"
+        "signal.alarm(20)\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))\n"
         f"open({str(ready)!r}, 'w').close()\n"
-        "signal.alarm(20)\n"
         "signal.pause()\n"
     )
 
