@@ -101,7 +101,7 @@ class Policy(Actor):
     ) -> None:
         super().__init__(agent)
         self.config = config
-        self.cameras = camera_names(config["env"])
+        self.cameras = camera_names(config.get("env", {}))
         self.checkpoint = checkpoint
         self.progress = progress
 
